@@ -1,0 +1,73 @@
+"""Names of the ``HipAttention`` operator and of the model graph: the one place that spells them.
+
+The contract (shapes, types, meaning) is in :func:`hip_trt.reference.hip_attention`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from hip_trt.config import HipConfig
+
+DOMAIN: Final = "hip.trt"
+OP_TYPE: Final = "HipAttention"
+OP_VERSION: Final = 1
+
+INPUTS: Final = (
+    "query", "key", "value", "past_key", "past_value", "page_table", "past_lengths", "query_lengths", "past_nodes",
+    "refresh_mask",
+)
+OUTPUTS: Final = ("output", "present_key", "present_value", "present_nodes")
+
+INT_ATTRIBUTES: Final = (
+    "mask_k", "decode_mask_k", "block_q", "block_k", "stride_q", "stride_k", "branch", "leaf_branch", "reuse_level",
+    "page_size", "sink_tokens", "window_tokens", "dense",
+)
+
+# Model graph: names of inputs and outputs, as in Optimum's decoders.
+INPUT_IDS: Final = "input_ids"
+PAST_LENGTHS: Final = "past_lengths"
+QUERY_LENGTHS: Final = "query_lengths"
+PAGE_TABLE: Final = "page_table"
+REFRESH_MASK: Final = "refresh_mask"
+LOGITS: Final = "logits"
+
+
+def past_key_name(layer: int) -> str:
+    return f"past_key_values.{layer}.key"
+
+
+def past_value_name(layer: int) -> str:
+    return f"past_key_values.{layer}.value"
+
+
+def past_nodes_name(layer: int) -> str:
+    return f"past_nodes.{layer}"
+
+
+def present_key_name(layer: int) -> str:
+    return f"present.{layer}.key"
+
+
+def present_value_name(layer: int) -> str:
+    return f"present.{layer}.value"
+
+
+def present_nodes_name(layer: int) -> str:
+    return f"present_nodes.{layer}"
+
+
+def attributes(config: HipConfig, *, scale: float, layer: int | None = None) -> dict[str, int | float | str]:
+    """Attributes of one ``HipAttention`` node.
+
+    Args:
+        config: the model's pruning.
+        scale: factor on q·k, usually head_dim ** -0.5.
+        layer: index of the decoder layer, which decides ``dense``; None is not dense.
+    """
+    fields = config.model_dump()
+    values: dict[str, int | float | str] = {name: fields[name] for name in INT_ATTRIBUTES if name != "dense"}
+    values["dense"] = int(layer in config.dense_layers)
+    values["mask_heads"] = config.mask_heads
+    values["scale"] = float(scale)
+    return values

@@ -1,0 +1,62 @@
+"""ModelSpec: what an exported model is, carried in the ONNX file's metadata and in the plan's sidecar."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from hip_trt.config import HipConfig
+
+DType = Literal["float16", "bfloat16", "float32"]
+Logits = Literal["last", "all"]
+
+METADATA_KEY = "hip_trt"
+"""Key of the ONNX metadata entry that holds :meth:`ModelSpec.model_dump_json`."""
+
+
+class ModelSpec(BaseModel):
+    """Facts about an exported model that a runtime needs.
+
+    Attributes:
+        model_type: the transformers model type, such as "llama".
+        source: name of the checkpoint, without its folder.
+        dtype: type of weights, activations and KV cache. Logits are float32 always.
+        logits: "last": [B, 1, vocab_size], the last valid token of each row; "all": [B, S, vocab_size].
+        max_position_embeddings: longest context that the model was trained for, in tokens.
+        hip_trt_version: version of hip-trt that exported the model.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_type: str
+    source: str
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    dtype: DType
+    logits: Logits
+    hip: HipConfig
+    hip_trt_version: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def num_masks(self) -> int:
+        """Mask heads per sequence (Hm)."""
+        return self.hip.num_masks(self.num_attention_heads, self.num_key_value_heads)
+
+    def pool_shape(self, pages: int) -> tuple[int, int, int, int]:
+        """Shape of one layer's key (or value) pool: [P, Hkv, page_size, D]."""
+        return pages, self.num_key_value_heads, self.hip.page_size, self.head_dim
+
+    def nodes_shape(self, batch: int) -> tuple[int, int, int]:
+        """Shape of one layer's tree nodes: [B, Hm, Kd]."""
+        return batch, self.num_masks, self.hip.decode_mask_blocks
