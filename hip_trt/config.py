@@ -22,7 +22,8 @@ class HipConfig(BaseModel):
     head and keeping no layer dense cost almost nothing. Each field says its own reason.
 
     Raises:
-        ConfigError: from :meth:`create`, :meth:`from_yaml` and :meth:`replace`, naming field, value and what is allowed.
+        ConfigError: from :meth:`create`, :meth:`from_yaml` and :meth:`replace`, naming the field, its value and what is
+            allowed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -34,7 +35,7 @@ class HipConfig(BaseModel):
     )
     decode_mask_k: int = Field(
         512, ge=1, le=1 << 22,
-        description="Tokens that a decoded token selects. 512 is enough with leaf_branch 16: a wide leaf level is worth "
+        description="Tokens that a decoded token selects. 512 suffices with leaf_branch 16: a wide leaf level is worth "
         "more than a larger budget.",
     )
     block_q: int = Field(
@@ -43,7 +44,8 @@ class HipConfig(BaseModel):
     )
     block_k: int = Field(
         16, ge=2, le=128,
-        description="Tokens per key block, the unit of selection; a power of two. 8 or 16 keep quality; larger ones do not.",
+        description="Tokens per key block, the unit of selection; a power of two. 8 or 16 keep quality; larger ones do "
+        "not.",
     )
     stride_q: int = Field(
         4, ge=1, le=128,
@@ -51,13 +53,13 @@ class HipConfig(BaseModel):
     )
     stride_k: int = Field(
         1, ge=1, le=128,
-        description="Every stride_k-th token of a representative block is scored; divides block_k. Strides above 1 cost "
-        "quality.",
+        description="Every stride_k-th token of a representative block is scored; divides block_k. Strides above 1 "
+        "cost quality.",
     )
     branch: int = Field(
         4, ge=2, le=16,
-        description="Children per tree node above level 1. 2, 4 and 8 are equal in quality; wider means fewer dependent "
-        "levels.",
+        description="Children per tree node above level 1. 2, 4 and 8 are equal in quality; wider means fewer "
+        "dependent levels.",
     )
     leaf_branch: int = Field(
         16, ge=2, le=16,
@@ -65,8 +67,8 @@ class HipConfig(BaseModel):
     )
     reuse_level: int = Field(
         1, ge=0, le=1,
-        description="What decode steps between refreshes reuse: 0 the chosen blocks (the paper), 1 the level-1 nodes, with "
-        "blocks chosen anew for each token, which loses a fraction of the quality that 0 loses.",
+        description="What decode steps between refreshes reuse: 0 the chosen blocks (the paper), 1 the level-1 nodes, "
+        "with blocks chosen anew for each token, which loses a fraction of the quality that 0 loses.",
     )
     page_size: int = Field(
         64, ge=2, le=4096,
@@ -82,7 +84,7 @@ class HipConfig(BaseModel):
     )
     mask_heads: MaskHeads = Field(
         "kv",
-        description="'kv': the query heads of a GQA group share one mask; 'query': one mask per query head (the paper).",
+        description="'kv': the query heads of a GQA group share a mask; 'query': one mask per query head (the paper).",
     )
     dense_layers: tuple[int, ...] = Field(
         (),
@@ -175,11 +177,17 @@ def _explain(item: Any) -> str:
     value, context = repr(item["input"]), item.get("ctx", {})
     if item["type"] == "extra_forbidden":
         return f"{field}: no such field; the fields are {', '.join(HipConfig.model_fields)}"
-    allowed = {
-        "greater_than_equal": lambda: f"at least {context['ge']}",
-        "less_than_equal": lambda: f"at most {context['le']}",
-        "literal_error": lambda: f"{context['expected']}",
-        "int_type": lambda: "a whole number",
-        "tuple_type": lambda: "a list of layer indices",
-    }.get(item["type"], lambda: str(item["msg"]))()
+    match item["type"]:
+        case "greater_than_equal":
+            allowed = f"at least {context['ge']}"
+        case "less_than_equal":
+            allowed = f"at most {context['le']}"
+        case "literal_error":
+            allowed = context["expected"]
+        case "int_type":
+            allowed = "a whole number"
+        case "tuple_type":
+            allowed = "a list of layer indices"
+        case _:
+            allowed = item["msg"]
     return f"{field}: {value} is not allowed; it must be {allowed}"

@@ -47,7 +47,8 @@ class Tree:
     def occupied(self, nodes: Tensor, level: int) -> Tensor:
         """The distinct nodes among ``nodes`` that hold a candidate, ascending."""
         left, right = self._interval(nodes, level)
-        return torch.unique(nodes[right > left])
+        distinct: Tensor = torch.unique(nodes[right > left])  # type: ignore[no-untyped-call]
+        return distinct
 
     def children(self, nodes: Tensor, level: int) -> Tensor:
         """The nodes one level down that hold a candidate, ascending."""
