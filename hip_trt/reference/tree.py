@@ -47,7 +47,7 @@ class Tree:
     def occupied(self, nodes: Tensor, level: int) -> Tensor:
         """The distinct nodes among ``nodes`` that hold a candidate, ascending."""
         left, right = self._interval(nodes, level)
-        distinct: Tensor = torch.unique(nodes[right > left])  # type: ignore[no-untyped-call]
+        distinct: Tensor = torch.unique(nodes[right > left])
         return distinct
 
     def children(self, nodes: Tensor, level: int) -> Tensor:
