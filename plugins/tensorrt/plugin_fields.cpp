@@ -1,0 +1,256 @@
+#include "plugin_fields.h"
+
+#include "logging.h"
+
+#include <cstring>
+#include <string_view>
+#include <utility>
+
+namespace hip_trt
+{
+namespace
+{
+
+using nvinfer1::PluginField;
+using nvinfer1::PluginFieldType;
+
+constexpr std::pair<char const*, int32_t HipTrtConfig::*> kINT_FIELDS[] = {
+    {"mask_k", &HipTrtConfig::mask_k},
+    {"decode_mask_k", &HipTrtConfig::decode_mask_k},
+    {"block_q", &HipTrtConfig::block_q},
+    {"block_k", &HipTrtConfig::block_k},
+    {"stride_q", &HipTrtConfig::stride_q},
+    {"stride_k", &HipTrtConfig::stride_k},
+    {"branch", &HipTrtConfig::branch},
+    {"leaf_branch", &HipTrtConfig::leaf_branch},
+    {"reuse_level", &HipTrtConfig::reuse_level},
+    {"page_size", &HipTrtConfig::page_size},
+    {"sink_tokens", &HipTrtConfig::sink_tokens},
+    {"window_tokens", &HipTrtConfig::window_tokens},
+    {"dense", &HipTrtConfig::dense},
+};
+constexpr char const* kSCALE_FIELD = "scale";
+constexpr char const* kMASK_HEADS_FIELD = "mask_heads";
+constexpr std::string_view kMASK_HEADS[] = {"kv", "query"}; // indexed by HipTrtConfig::mask_per_query_head
+
+char const* typeName(PluginFieldType type)
+{
+    switch (type)
+    {
+    case PluginFieldType::kINT32: return "int32";
+    case PluginFieldType::kFLOAT32: return "float32";
+    case PluginFieldType::kCHAR: return "text";
+    default: return "of another type";
+    }
+}
+
+//! Characters of a text field; TensorRT may count a terminator or not.
+std::string_view text(PluginField const& field)
+{
+    std::string_view const value{static_cast<char const*>(field.data), static_cast<size_t>(field.length)};
+    return value.substr(0, value.find('\0'));
+}
+
+//! Finds fields by name and reports those that are missing, repeated, unknown or malformed.
+class FieldReader
+{
+public:
+    FieldReader(std::string const& layer, nvinfer1::PluginFieldCollection const* fields)
+        : mLayer{layer}
+    {
+        if (fields == nullptr || (fields->nbFields > 0 && fields->fields == nullptr))
+        {
+            fail("no fields were given.");
+            return;
+        }
+        for (int32_t i = 0; i < fields->nbFields; ++i)
+        {
+            if (fields->fields[i].name == nullptr)
+            {
+                fail(concat("field number ", i, " has no name."));
+                continue;
+            }
+            mFields.push_back(fields->fields[i]);
+        }
+        mUsed.resize(mFields.size(), false);
+    }
+
+    //! The field of that name, if there is exactly one, and of that type with data; nullptr after reporting otherwise.
+    //! A number is a single value; text may be of any length.
+    PluginField const* find(char const* name, PluginFieldType type)
+    {
+        PluginField const* found = nullptr;
+        for (size_t i = 0; i < mFields.size(); ++i)
+        {
+            if (std::strcmp(mFields[i].name, name) != 0)
+            {
+                continue;
+            }
+            mUsed[i] = true;
+            if (found != nullptr)
+            {
+                fail(concat(name, ": is given more than once."));
+                return nullptr;
+            }
+            found = &mFields[i];
+        }
+        if (found == nullptr)
+        {
+            fail(concat(name, ": is missing; every attribute of the operator must be given."));
+            return nullptr;
+        }
+        bool const lengthFits = type == PluginFieldType::kCHAR ? found->length >= 0 : found->length == 1;
+        if (found->type != type || !lengthFits || found->data == nullptr)
+        {
+            fail(concat(name, ": ", found->length, " value(s) ", typeName(found->type), " are not allowed; it must be ",
+                type == PluginFieldType::kCHAR ? "" : "one ", typeName(type), "."));
+            return nullptr;
+        }
+        return found;
+    }
+
+    //! Report every field that nobody asked for.
+    void refuseOthers()
+    {
+        for (size_t i = 0; i < mFields.size(); ++i)
+        {
+            if (!mUsed[i])
+            {
+                fail(concat(mFields[i].name, ": no such field; see attributes() in hip_trt/operator.py."));
+            }
+        }
+    }
+
+    void fail(std::string const& message)
+    {
+        mOk = false;
+        logError(mLayer, message);
+    }
+
+    bool ok() const
+    {
+        return mOk;
+    }
+
+private:
+    std::string const& mLayer;
+    std::vector<PluginField> mFields;
+    std::vector<bool> mUsed;
+    bool mOk{true};
+};
+
+//! Ranges and combinations of the attributes alone. What a value may be is decided in one place, hipTrtValidate(),
+//! which also wants head counts; those are not known yet, so it is asked about the plainest. Whether kernels exist for
+//! the real ones is asked once they are known, in configurePlugin().
+void checkValues(HipTrtConfig const& config, FieldReader& reader)
+{
+    HipTrtShape shape{};
+    shape.type = HIP_TRT_FLOAT16;
+    shape.num_query_heads = 1;
+    shape.num_kv_heads = 1;
+    shape.head_dim = 64;
+    char message[512];
+    if (hipTrtValidate(&config, &shape, message, sizeof(message)) == HIP_TRT_INVALID_ARGUMENT)
+    {
+        reader.fail(message);
+    }
+}
+
+} // namespace
+
+std::vector<PluginField> attributeFields()
+{
+    std::vector<PluginField> fields;
+    for (auto const& [name, member] : kINT_FIELDS)
+    {
+        fields.emplace_back(name, nullptr, PluginFieldType::kINT32, 1);
+    }
+    fields.emplace_back(kMASK_HEADS_FIELD, nullptr, PluginFieldType::kCHAR, 0);
+    fields.emplace_back(kSCALE_FIELD, nullptr, PluginFieldType::kFLOAT32, 1);
+    return fields;
+}
+
+std::optional<HipTrtConfig> parseFields(
+    std::string const& layer, nvinfer1::PluginFieldCollection const* fields, nvinfer1::TensorRTPhase phase)
+{
+    FieldReader reader{layer, fields};
+    if (!reader.ok())
+    {
+        return std::nullopt;
+    }
+    if (phase == nvinfer1::TensorRTPhase::kRUNTIME)
+    {
+        // Before anything else: another version may have other fields, and its engine other tensors.
+        PluginField const* const version = reader.find(kVERSION_FIELD, PluginFieldType::kCHAR);
+        if (version != nullptr && text(*version) != hipTrtVersion())
+        {
+            reader.fail(
+                concat("the engine was built by plugin version ", text(*version), ", and this library is version ",
+                    hipTrtVersion(), ". Build the engine again, or install hip-trt ", text(*version), "."));
+        }
+        if (!reader.ok())
+        {
+            return std::nullopt;
+        }
+    }
+
+    HipTrtConfig config{};
+    for (auto const& [name, member] : kINT_FIELDS)
+    {
+        if (PluginField const* const field = reader.find(name, PluginFieldType::kINT32))
+        {
+            config.*member = *static_cast<int32_t const*>(field->data);
+        }
+    }
+    if (PluginField const* const field = reader.find(kSCALE_FIELD, PluginFieldType::kFLOAT32))
+    {
+        config.scale = *static_cast<float const*>(field->data);
+    }
+    if (PluginField const* const field = reader.find(kMASK_HEADS_FIELD, PluginFieldType::kCHAR))
+    {
+        if (text(*field) == kMASK_HEADS[0] || text(*field) == kMASK_HEADS[1])
+        {
+            config.mask_per_query_head = text(*field) == kMASK_HEADS[1];
+        }
+        else
+        {
+            reader.fail(concat(kMASK_HEADS_FIELD, ": '", text(*field), "' is not allowed; it must be '", kMASK_HEADS[0],
+                "' or '", kMASK_HEADS[1], "'."));
+        }
+    }
+    reader.refuseOthers();
+    if (reader.ok())
+    {
+        checkValues(config, reader);
+    }
+    return reader.ok() ? std::optional{config} : std::nullopt;
+}
+
+std::vector<PluginField> serializeFields(HipTrtConfig const& config)
+{
+    std::vector<PluginField> fields;
+    for (auto const& [name, member] : kINT_FIELDS)
+    {
+        fields.emplace_back(name, &(config.*member), PluginFieldType::kINT32, 1);
+    }
+    auto const maskHeads = kMASK_HEADS[config.mask_per_query_head];
+    fields.emplace_back(
+        kMASK_HEADS_FIELD, maskHeads.data(), PluginFieldType::kCHAR, static_cast<int32_t>(maskHeads.size()));
+    fields.emplace_back(kSCALE_FIELD, &config.scale, PluginFieldType::kFLOAT32, 1);
+    fields.emplace_back(
+        kVERSION_FIELD, hipTrtVersion(), PluginFieldType::kCHAR, static_cast<int32_t>(std::strlen(hipTrtVersion())));
+    return fields;
+}
+
+std::string describe(HipTrtConfig const& config)
+{
+    std::string line;
+    for (auto const& [name, member] : kINT_FIELDS)
+    {
+        line += concat(name, '=', config.*member, ' ');
+    }
+    return line
+        + concat(kMASK_HEADS_FIELD, '=', kMASK_HEADS[config.mask_per_query_head], ' ', kSCALE_FIELD, '=', config.scale);
+}
+
+} // namespace hip_trt

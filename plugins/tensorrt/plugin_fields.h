@@ -1,0 +1,37 @@
+// Plugin fields: the operator's attributes as TensorRT hands them over, and as an engine stores them.
+#pragma once
+
+#include "hip_attention.h"
+
+#include <NvInferRuntime.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace hip_trt
+{
+
+//! Name of the field that an engine stores beside the attributes: the plugin version that built it.
+constexpr char const* kVERSION_FIELD = "hip_trt_version";
+
+//! The attributes of the operator, without values: what the ONNX parser reads from a node.
+std::vector<nvinfer1::PluginField> attributeFields();
+
+//! Read and check every field.
+//!
+//! When an engine is built, fields are exactly those of attributeFields(); when one is loaded, also kVERSION_FIELD,
+//! whose value must be the version of this library.
+//!
+//! \return The configuration, or nothing after each fault was reported by the name of its field, its value and what is
+//!         allowed.
+std::optional<HipTrtConfig> parseFields(
+    std::string const& layer, nvinfer1::PluginFieldCollection const* fields, nvinfer1::TensorRTPhase phase);
+
+//! The fields that parseFields() reads back when an engine is loaded. They point into config, which must outlive them.
+std::vector<nvinfer1::PluginField> serializeFields(HipTrtConfig const& config);
+
+//! The configuration in one line, for TensorRT's engine inspector.
+std::string describe(HipTrtConfig const& config);
+
+} // namespace hip_trt
