@@ -1,1 +1,5 @@
 """Exporter."""
+
+from hip_trt.export.schema import register
+
+register()
