@@ -1,0 +1,96 @@
+"""From a file to a Generator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig
+
+from hip_trt.errors import EngineError, EnvironmentProblem
+from hip_trt.runtime.executor import Executor
+from hip_trt.runtime.generator import Generator
+
+
+def load(
+    path: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    threads: int | None = None,
+    max_seq_len: int | None = None,
+    prefill_chunk: int | None = None,
+    refresh_interval: int | None = None,
+) -> Generator:
+    """Load an exported model, with the tokenizer and the generation config beside it.
+
+    Args:
+        path: .onnx (ONNX Runtime, on the CPU) or .plan (TensorRT, on a GPU).
+        tokenizer: folder of another tokenizer than the one beside the model.
+        threads: CPU threads, for .onnx.
+        max_seq_len, prefill_chunk, refresh_interval: see :class:`Generator`.
+
+    Returns:
+        A generator; without a tokenizer it takes prompts as token ids.
+
+    Raises:
+        EngineError: if the file is missing, damaged, or not from hip-trt.
+        EnvironmentProblem: if what is needed to run it is not there.
+
+    Example:
+        >>> generator = load("build/model.onnx")                                    # doctest: +SKIP
+        >>> generator.generate("The capital of France is", max_new_tokens=8)[0].text  # doctest: +SKIP
+        ' Paris. ...'
+    """
+    path = Path(path)
+    executor: Executor
+    if path.suffix == ".onnx":
+        from hip_trt.runtime.onnxruntime import OrtExecutor
+
+        executor = OrtExecutor(path, threads=threads)
+    elif path.suffix in (".plan", ".engine"):
+        from hip_trt.runtime.tensorrt import TensorRTExecutor
+
+        executor = TensorRTExecutor(path)
+    else:
+        raise EngineError(f"{path}: neither .onnx nor .plan.", "Name a file that hip-trt export has made.")
+    return Generator(
+        executor, load_tokenizer(path.parent if tokenizer is None else tokenizer, required=tokenizer is not None),
+        load_generation_config(path.parent), max_seq_len=max_seq_len, prefill_chunk=prefill_chunk,
+        refresh_interval=refresh_interval,
+    )
+
+
+def load_tokenizer(folder: str | Path, *, required: bool = True) -> Any:
+    """The transformers tokenizer saved in a folder; None where there is none and it is not required.
+
+    Raises:
+        EnvironmentProblem: if it is missing but required, or damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "tokenizer_config.json").is_file():
+        if required:
+            raise EnvironmentProblem(f"{folder}: no tokenizer_config.json.", "Name a folder with a tokenizer.")
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a tokenizer's loader may raise anything over a damaged file
+        raise EnvironmentProblem(
+            f"{folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}.", "Export again."
+        ) from None
+
+
+def load_generation_config(folder: str | Path) -> GenerationConfig | None:
+    """The generation config saved in a folder; None where there is none.
+
+    Raises:
+        EnvironmentProblem: if it is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise EnvironmentProblem(
+            f"{folder}: generation_config.json cannot be read: {' '.join(str(error).split())[:300]}.", "Export again."
+        ) from None
