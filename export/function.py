@@ -39,7 +39,7 @@ OPSET_VERSIONS = range(18, 24)
 def _function_bytes(opset_version: int) -> bytes:
     integers = {"page_table", "past_lengths", "query_lengths", "past_nodes", "refresh_mask"}
     inputs = [ir.val(name, ir.DataType.INT32 if name in integers else None) for name in INPUTS]
-    kinds = {name: ir.AttributeType.INT for name in INT_ATTRIBUTES}
+    kinds = dict.fromkeys(INT_ATTRIBUTES, ir.AttributeType.INT)
     kinds |= {"mask_heads": ir.AttributeType.STRING, "scale": ir.AttributeType.FLOAT}
     function = build_function(
         _trace, inputs, domain=DOMAIN, name=OP_TYPE,
@@ -160,7 +160,8 @@ def _trace(
                 [tensor("attended", FLOAT, 5), tensor("kept", INT64, 3)],
             ),
         )  # [count, B, Hm, G, width, D], [count, B, Hm, K]
-        outputs = op.Reshape(op.Transpose(outputs, perm=[1, 2, 3, 0, 4, 5]), shape(op, batch, query_heads, -1, head_dim))
+        outputs = op.Transpose(outputs, perm=[1, 2, 3, 0, 4, 5])
+        outputs = op.Reshape(outputs, shape(op, batch, query_heads, -1, head_dim))
         output = op.CastLike(op.Slice(outputs, [0], op.Reshape(new_tokens, [1]), [2]), query)
 
         kept = op.If(

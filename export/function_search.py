@@ -12,7 +12,20 @@ import onnx_ir as ir
 from onnxscript import OpBuilder
 
 from hip_trt.export.function_cache import Pages
-from hip_trt.export.function_ops import BOOL, DOUBLE, FLOAT, INT64, Value, arange, ascending, ceil_div, dim, subgraph, tensor, typed
+from hip_trt.export.function_ops import (
+    BOOL,
+    DOUBLE,
+    FLOAT,
+    INT64,
+    Value,
+    arange,
+    ascending,
+    ceil_div,
+    dim,
+    subgraph,
+    tensor,
+    typed,
+)
 
 LEVELS = 33
 """Tree levels that the function provides for: with two children each they cover 2**32 blocks."""

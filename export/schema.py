@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import onnx
 from onnx import defs
@@ -40,8 +40,8 @@ _MEANINGS = {
     "query": "Queries of the new tokens, after RoPE.",
     "key": "Keys of the new tokens, after RoPE.",
     "value": "Values of the new tokens.",
-    "past_key": "This layer's key pool. Token t of sequence b is row t % page_size of page page_table[b, t / page_size]."
-    " Rows that no sequence has committed are undefined.",
+    "past_key": "This layer's key pool. Token t of sequence b is row t % page_size of page page_table[b, t / page_size]"
+    "; rows that no sequence has committed are undefined.",
     "past_value": "This layer's value pool, laid out as past_key.",
     "page_table": "Pages of each sequence in order, -1 where none. Sequences may share full pages.",
     "past_lengths": "Committed tokens of each sequence before this call.",
@@ -51,7 +51,7 @@ _MEANINGS = {
     "output": "Attention output; padding rows are 0.",
     "present_key": "past_key with the new rows written from past_lengths on. May share its buffer with past_key.",
     "present_value": "past_value with the new rows written. May share its buffer with past_value.",
-    "present_nodes": "Nodes that this call's search kept at reuse_level, or past_nodes where they were reused or the row "
+    "present_nodes": "Nodes that this call's search kept at reuse_level; past_nodes where they were reused or the row "
     "is idle; -1 where there are none.",
 }
 
@@ -102,7 +102,7 @@ def register() -> None:
     defs.register_schema(schema)
 
 
-Dim = onnx.TensorShapeProto.Dimension
+Dim: TypeAlias = onnx.TensorShapeProto.Dimension
 
 
 def _infer(context: InferenceContext) -> None:
