@@ -1,0 +1,213 @@
+"""The JSON file beside an engine plan: what the plan is, and whether this machine can run it.
+
+A plan is opaque, and TensorRT reads it only on the right GPU with the right library. So the builder writes what
+it knows beside it, ``engine.plan.json`` for ``engine.plan``, and every user of the plan checks that first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hip_trt import files
+from hip_trt.errors import EngineError, PluginError
+from hip_trt.gpu import ComputeCapability, Gpu
+from hip_trt.runtime.executor import Limits
+from hip_trt.spec import ModelSpec
+from hip_trt.tensorrt_flavour import Flavour, FlavourName, covers
+
+ProfileName = Literal["prefill", "decode"]
+Shape = tuple[int, ...]
+
+_EXPORT_AGAIN = "Export the engine again with `hip-trt export`."
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileRecord(_Record):
+    """One file, by its name without the folder.
+
+    Attributes:
+        size: bytes.
+        sha256: checksum in hexadecimal.
+    """
+
+    name: str
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: str | Path, advance: Callable[[int], object] = lambda count: None) -> FileRecord:
+        """Describe a file, reading all of it."""
+        path = Path(path)
+        return cls(name=path.name, size=path.stat().st_size, sha256=files.sha256(path, advance))
+
+
+class TensorRecord(_Record):
+    """An input or output of the engine, as TensorRT sees it.
+
+    Attributes:
+        dtype: such as "float16" or "int32".
+        shape: -1 where dynamic.
+    """
+
+    name: str
+    dtype: str
+    shape: Shape
+
+
+class ShapeRange(_Record):
+    """Shapes that an optimization profile accepts for one input, and the one it is tuned for."""
+
+    min: Shape
+    opt: Shape
+    max: Shape
+
+
+class ProfileRecord(_Record):
+    """An optimization profile; its index in the engine is its place in :attr:`Sidecar.profiles`.
+
+    Attributes:
+        shapes: range of each dynamic input by its name.
+    """
+
+    name: ProfileName
+    shapes: dict[str, ShapeRange]
+
+
+class Sidecar(_Record):
+    """Everything known about one plan.
+
+    Attributes:
+        format_version: raised when the meaning of a field changes.
+        plan: the plan file.
+        model: the ONNX file, then its external data.
+        spec: facts about the model, HipConfig included.
+        limits: largest shapes that the profiles accept.
+        inputs, outputs: in the engine's order.
+        profiles: optimization profiles in the engine's order.
+        layers: number of layers in the parsed network by TensorRT's name of their type.
+        plugin_layers: names of the HipAttention layers.
+        flavour, tensorrt_version: the TensorRT that built the plan, and can read it.
+        compute_capabilities: GPUs that the plan is for, such as "8.9".
+        plugin_version: version of the plugin library that the plan was built with.
+        created: when, with its time zone.
+    """
+
+    format_version: Literal[1] = 1
+    plan: FileRecord
+    model: tuple[FileRecord, ...]
+    spec: ModelSpec
+    limits: Limits
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+    profiles: tuple[ProfileRecord, ...]
+    layers: dict[str, int]
+    plugin_layers: tuple[str, ...]
+    flavour: FlavourName
+    tensorrt_version: str
+    compute_capabilities: tuple[str, ...]
+    plugin_version: str
+    hip_trt_version: str
+    created: datetime
+
+    def profile_index(self, name: ProfileName) -> int:
+        """Index of a profile in the engine."""
+        return [profile.name for profile in self.profiles].index(name)
+
+    def runs_on(self, capability: ComputeCapability) -> bool:
+        """Whether the plan was built for GPUs of this compute capability."""
+        built_for = [ComputeCapability.parse(text) for text in self.compute_capabilities]
+        return covers(built_for, capability) if self.flavour == "tensorrt-rtx" else capability in built_for
+
+    def require_environment(self, *, flavour: Flavour, plugin_version: str, gpu: Gpu) -> None:
+        """Check that a TensorRT, a plugin library and a GPU can run the plan.
+
+        Raises:
+            EngineError: the plan was built by another TensorRT, or for other GPUs.
+            PluginError: the plan was built with another plugin version.
+        """
+        name = self.plan.name
+        if (flavour.name, flavour.version) != (self.flavour, self.tensorrt_version):
+            raise EngineError(
+                f"{name}: built by {self.flavour} {self.tensorrt_version}, which alone can read it; here is {flavour}.",
+                f"{_EXPORT_AGAIN} Or install that version.",
+            )
+        if plugin_version != self.plugin_version:
+            raise PluginError(
+                f"{name}: built with plugin version {self.plugin_version}; here is {plugin_version}.", _EXPORT_AGAIN
+            )
+        if not self.runs_on(gpu.compute_capability):
+            raise EngineError(
+                f"{name}: built for GPUs of compute capability {', '.join(self.compute_capabilities)}; "
+                f"{gpu.name} has {gpu.compute_capability}.",
+                _EXPORT_AGAIN,
+            )
+
+
+def sidecar_path(plan: str | Path) -> Path:
+    """``engine.plan.json`` for ``engine.plan``."""
+    plan = Path(plan)
+    return plan.with_name(f"{plan.name}.json")
+
+
+def read_sidecar(plan: str | Path) -> Sidecar:
+    """Read the sidecar of a plan, without reading the plan.
+
+    Raises:
+        EngineError: the sidecar is missing, damaged, or of another format version.
+    """
+    path = sidecar_path(plan)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise EngineError(
+            f"{plan}: its description {path.name} is missing.",
+            f"Copy it from where the plan was built, or export again with `hip-trt export --out {plan}`.",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise EngineError(f"{path}: cannot be read: {error}.") from None
+    try:
+        return Sidecar.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        more = f" ({where})" if where else ""
+        raise EngineError(
+            f"{path}: not the description of a plan by this version of hip-trt: {first['msg']}{more}.", _EXPORT_AGAIN
+        ) from None
+
+
+def verify_plan(plan: str | Path, advance: Callable[[int], object] = lambda count: None) -> Sidecar:
+    """Read a plan's sidecar and check the plan against it, which reads the whole plan.
+
+    Args:
+        plan: the plan file.
+        advance: told the bytes read since it was last called.
+
+    Raises:
+        EngineError: the plan or its sidecar is missing or damaged, or they do not belong together.
+    """
+    plan = Path(plan)
+    if not plan.is_file():
+        raise EngineError(f"{plan}: no such plan.", f"Build it with `hip-trt export --model MODEL --out {plan}`.")
+    sidecar = read_sidecar(plan)
+    size = plan.stat().st_size
+    if size != sidecar.plan.size:
+        raise EngineError(
+            f"{plan}: damaged: it has {size} bytes, and {sidecar_path(plan).name} says {sidecar.plan.size}.",
+            _EXPORT_AGAIN,
+        )
+    try:
+        checksum = files.sha256(plan, advance)
+    except OSError as error:
+        raise EngineError(f"{plan}: cannot be read: {error.strerror}.") from None
+    if checksum != sidecar.plan.sha256:
+        raise EngineError(f"{plan}: damaged: its checksum is not the one in {sidecar_path(plan).name}.", _EXPORT_AGAIN)
+    return sidecar
