@@ -30,8 +30,7 @@ bool hasTensors(std::string const& layer, int32_t nbInputs, int32_t nbOutputs)
         return true;
     }
     logError(layer,
-        concat(
-            "has ", nbInputs, " inputs and ", nbOutputs, " outputs; it must have ", +kINPUTS, " and ", +kOUTPUTS, "."));
+        concat("has ", nbInputs, " inputs and ", nbOutputs, " outputs; it must have ", +kINPUTS, " and ", +kOUTPUTS));
     return false;
 }
 
@@ -87,7 +86,7 @@ nvinfer1::IPluginCapability* HipAttentionPlugin::getCapabilityInterface(nvinfer1
     case nvinfer1::PluginCapabilityType::kBUILD: return static_cast<nvinfer1::IPluginV3OneBuild*>(this);
     case nvinfer1::PluginCapabilityType::kRUNTIME: return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
     }
-    logError(mLayer, concat("capability ", static_cast<int32_t>(type), " is unknown to this plugin."));
+    logError(mLayer, concat("capability ", static_cast<int32_t>(type), " is unknown to this plugin"));
     return nullptr;
 }
 
@@ -148,7 +147,7 @@ int32_t HipAttentionPlugin::getOutputDataTypes(
         {
             logError(mLayer,
                 concat(tensorName(i), ": ", typeName(inputTypes[i]), " is not allowed; it must be ",
-                    i == kQUERY ? "float16, bfloat16 or float32" : typeName(expected), "."));
+                    i == kQUERY ? "float16, bfloat16 or float32" : typeName(expected)));
             return kFAILURE;
         }
     }
@@ -270,7 +269,7 @@ int32_t HipAttentionPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTen
     }
     if (status != HIP_TRT_SUCCESS)
     {
-        logError(mLayer, concat(hipTrtStatusText(status), " (CUDA: ", cudaGetErrorString(cudaPeekAtLastError()), ")"));
+        logError(mLayer, status == HIP_TRT_CUDA_ERROR ? hipTrtLastCudaError() : hipTrtStatusText(status));
         return kFAILURE;
     }
     return kSUCCESS;

@@ -60,14 +60,14 @@ public:
     {
         if (fields == nullptr || (fields->nbFields > 0 && fields->fields == nullptr))
         {
-            fail("no fields were given.");
+            fail("no fields were given");
             return;
         }
         for (int32_t i = 0; i < fields->nbFields; ++i)
         {
             if (fields->fields[i].name == nullptr)
             {
-                fail(concat("field number ", i, " has no name."));
+                fail(concat("field number ", i, " has no name"));
                 continue;
             }
             mFields.push_back(fields->fields[i]);
@@ -89,21 +89,21 @@ public:
             mUsed[i] = true;
             if (found != nullptr)
             {
-                fail(concat(name, ": is given more than once."));
+                fail(concat(name, ": is given more than once"));
                 return nullptr;
             }
             found = &mFields[i];
         }
         if (found == nullptr)
         {
-            fail(concat(name, ": is missing; every attribute of the operator must be given."));
+            fail(concat(name, ": is missing; every attribute of the operator must be given"));
             return nullptr;
         }
         bool const lengthFits = type == PluginFieldType::kCHAR ? found->length >= 0 : found->length == 1;
         if (found->type != type || !lengthFits || found->data == nullptr)
         {
             fail(concat(name, ": ", found->length, " value(s) ", typeName(found->type), " are not allowed; it must be ",
-                type == PluginFieldType::kCHAR ? "" : "one ", typeName(type), "."));
+                type == PluginFieldType::kCHAR ? "" : "one ", typeName(type)));
             return nullptr;
         }
         return found;
@@ -116,7 +116,7 @@ public:
         {
             if (!mUsed[i])
             {
-                fail(concat(mFields[i].name, ": no such field; see attributes() in hip_trt/operator.py."));
+                fail(concat(mFields[i].name, ": no such field; see attributes() in hip_trt/operator.py"));
             }
         }
     }
@@ -215,7 +215,7 @@ std::optional<HipTrtConfig> parseFields(
         else
         {
             reader.fail(concat(kMASK_HEADS_FIELD, ": '", text(*field), "' is not allowed; it must be '", kMASK_HEADS[0],
-                "' or '", kMASK_HEADS[1], "'."));
+                "' or '", kMASK_HEADS[1], "'"));
         }
     }
     reader.refuseOthers();

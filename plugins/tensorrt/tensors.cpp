@@ -125,7 +125,7 @@ std::optional<HipTrtShape> readShape(
     std::optional<HipTrtDataType> const element = floatType(type);
     if (!element)
     {
-        message = concat("query: ", typeName(type), " is not allowed; it must be float16, bfloat16 or float32.");
+        message = concat("query: ", typeName(type), " is not allowed; it must be float16, bfloat16 or float32");
         return std::nullopt;
     }
 
@@ -139,8 +139,7 @@ std::optional<HipTrtShape> readShape(
         TensorLayout const& layout = kLAYOUT[i];
         if (dims[i]->nbDims != layout.rank)
         {
-            message =
-                concat(layout.name, ": shape ", text(*dims[i]), " is not allowed; it must be ", text(layout), ".");
+            message = concat(layout.name, ": shape ", text(*dims[i]), " is not allowed; it must be ", text(layout));
             return std::nullopt;
         }
         for (int32_t j = 0; j < layout.rank; ++j)
@@ -150,19 +149,19 @@ std::optional<HipTrtShape> readShape(
             int64_t const value = dims[i]->d[j];
             if (value > std::numeric_limits<int32_t>::max())
             {
-                message = concat(layout.name, ": ", axis.name, " is ", value, "; it must fit in 32 bits.");
+                message = concat(layout.name, ": ", axis.name, " is ", value, "; it must fit in 32 bits");
                 return std::nullopt;
             }
             if (value < 0 && axis.fixed)
             {
                 message =
-                    concat(layout.name, ": ", axis.name, " is dynamic; it must be fixed when the engine is built.");
+                    concat(layout.name, ": ", axis.name, " is dynamic; it must be fixed when the engine is built");
                 return std::nullopt;
             }
             if (value >= 0 && size >= 0 && value != size)
             {
                 message = concat(layout.name, ": shape ", text(*dims[i]), " is not allowed; it must be ", text(layout),
-                    ", where ", axis.name, " is ", size, " by the attributes and the inputs before it.");
+                    ", where ", axis.name, " is ", size, " by the attributes and the inputs before it");
                 return std::nullopt;
             }
             size = value >= 0 ? value : size;
