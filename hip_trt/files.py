@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -40,14 +41,15 @@ class Staging:
     def __init__(self, path: Path, target: Path) -> None:
         self.path, self.target = path, target
 
-    def publish(self, names: Sequence[str]) -> list[Path]:
+    def publish(self, names: Sequence[str], *, obsolete: re.Pattern[str] | None = None) -> list[Path]:
         """Move finished files into the target folder, in this order, each replacing its predecessor atomically.
 
         All contents reach the disk before the first name changes, so a file named last never refers to one that a power
-        cut lost.
+        cut lost. Other processes that publish into the same folder wait.
 
         Args:
             names: names within :attr:`path`, which files keep.
+            obsolete: files of the target folder with such names, other than ``names``, are removed at the end.
 
         Returns:
             The files' final paths.
@@ -55,9 +57,14 @@ class Staging:
         with explained_write_errors(self.target):
             for name in names:
                 _sync(self.path / name)
-            for name in names:
-                os.replace(self.path / name, self.target / name)
+            with _locked(self.target):
+                for name in names:
+                    os.replace(self.path / name, self.target / name)
                 _sync(self.target)
+                if obsolete is not None:
+                    for old in self.target.iterdir():
+                        if obsolete.fullmatch(old.name) and old.name not in names:
+                            old.unlink()
         return [self.target / name for name in names]
 
 
@@ -161,7 +168,7 @@ def _locked_folder(target: Path) -> Iterator[Path]:
 def _make_locked_folder(target: Path) -> tuple[Path, BinaryIO]:
     while True:
         path = Path(tempfile.mkdtemp(prefix=_PREFIX, suffix=_SUFFIX, dir=target))
-        lock = open(path / _LOCK, "wb")
+        lock = open(path / _LOCK, "wb")  # noqa: SIM115
         with suppress(OSError):  # a file system without locks: leftovers then stay
             fcntl.flock(lock, fcntl.LOCK_EX)
         if (path / _LOCK).exists():  # else taken for a leftover before it was locked
@@ -175,6 +182,17 @@ def _remove_leftovers(target: Path) -> None:
         with suppress(OSError), open(path / _LOCK, "rb") as lock:  # an OSError: held by a live process
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,250 @@
+"""From a checkpoint to an ONNX model that any runtime can run: the steps of ``hip-trt export``, and what they write."""
+
+from __future__ import annotations
+
+import filecmp
+import hashlib
+import importlib.metadata
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from hip_trt.config import HipConfig
+from hip_trt.errors import ConfigError, ExportError
+from hip_trt.export.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint
+from hip_trt.export.function import add_function
+from hip_trt.export.graph import Trace, buffers, parameter_shapes, trace
+from hip_trt.export.stored import check_shapes, convert
+from hip_trt.files import Staging, require_space, staging
+from hip_trt.progress import Step, Steps
+from hip_trt.spec import METADATA_KEY, DType, Logits, ModelSpec
+
+_ALIGNMENT = 4096  # bytes: a page of memory, so that runtimes can map weights
+_DIGITS = 12
+_SPARE = 64_000_000  # bytes: graph, tokenizer and padding, generously
+_COMPUTED = re.compile(r".*rotary_emb\.inv_freq")  # follows from the configuration, though old checkpoints store it
+_HIP_CONFIG = "hip_config.yaml"
+_SHARED_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """What an export wrote.
+
+    Attributes:
+        path: the .onnx file.
+        data: its weights. The name carries the beginning of their SHA-256, so that an .onnx file always finds the
+            weights that it was written with.
+        spec: facts about the model, also in the .onnx file's metadata.
+        files: every file written, the two above included.
+        warnings: what the user should know, one line each.
+    """
+
+    path: Path
+    data: Path
+    spec: ModelSpec
+    files: tuple[Path, ...]
+    warnings: tuple[str, ...]
+
+
+def export_onnx(
+    model: str | Path,
+    out: str | Path,
+    *,
+    config: HipConfig | None = None,
+    dtype: DType | None = None,
+    logits: Logits = "last",
+    allow_download: bool = False,
+    steps: Steps | None = None,
+) -> ExportedModel:
+    """Export a checkpoint with HiP attention to ONNX.
+
+    The graph has one ``HipAttention`` node per layer, and carries the operator's body as an ONNX function, so that
+    plain ONNX Runtime runs it. Beside it go its weights, the tokenizer, config.json, generation_config.json and
+    hip_config.yaml. All files appear when all is done, the .onnx file last; a failure or an interrupt leaves what was
+    there before. Weights are read, converted and written one at a time.
+
+    Args:
+        model: a Hugging Face folder with safetensors weights, a .gguf file (dequantized), or a hub id.
+        out: a file that ends in .onnx, or a folder for model.onnx.
+        config: pruning; the defaults if None.
+        dtype: type of weights, activations and KV cache; by default the checkpoint's own, and float16 for a quantized
+            GGUF file.
+        logits: "last": of the last valid token of each row, [B, 1, vocab_size]; "all": of every token.
+        allow_download: whether a hub id that is not in the local Hugging Face cache may be fetched.
+        steps: shows progress and warnings, and keeps times.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, incomplete, or of a family that cannot be exported.
+        ConfigError: ``config`` does not fit the model.
+        ExportError: a wrong argument, a folder that cannot be written, or a full disk.
+
+    Example:
+        >>> exported = export_onnx("SmolLM2-135M-Instruct", "build/model", dtype="float32")  # doctest: +SKIP
+        >>> exported.path                                                                    # doctest: +SKIP
+        PosixPath('build/model/model.onnx')
+    """
+    steps, config = steps or Steps(), config or HipConfig()
+    _check_choice("dtype", dtype, (None, *get_args(DType)))
+    _check_choice("logits", logits, get_args(Logits))
+    out = Path(out)
+    path = out if out.suffix == ".onnx" else out / "model.onnx"
+    with staging(path.parent) as stage:
+        checkpoint = open_checkpoint(model, allow_download=allow_download, steps=steps)
+        spec = _spec(checkpoint, config, dtype, logits)
+        shapes = parameter_shapes(checkpoint.family, checkpoint.config)
+        warnings = _check_checkpoint(checkpoint, shapes)
+        size = sum(math.prod(shape) for shape in shapes.values()) * spec.torch_dtype.itemsize
+        require_space(stage.path, size + _SPARE)
+        with steps.step("Save the tokenizer"):
+            warnings += checkpoint.save_tokenizer(stage.path)
+            side_files = _save_side_files(checkpoint, config, stage, path)
+        with steps.step(f"Trace {spec.num_layers} layers"):
+            traced = trace(
+                checkpoint.config, config, dtype=spec.torch_dtype, logits=logits, constants=_constants(checkpoint)
+            )
+        with steps.step("Write the weights", total=size) as advance:
+            data = _write_weights(checkpoint, traced, spec.torch_dtype, stage, path.stem, advance)
+        with steps.step("Write the graph"):
+            (stage.path / path.name).write_bytes(_serialize(traced.model, spec))
+            names = [*side_files, data, path.name]
+            files = stage.publish(names, obsolete=_obsolete(path.stem))
+    for warning in warnings:
+        steps.warn(warning)
+    return ExportedModel(path, path.parent / data, spec, tuple(files), tuple(warnings))
+
+
+def _check_choice(field: str, value: str | None, allowed: Sequence[str | None]) -> None:
+    if value not in allowed:
+        names = ", ".join(name for name in allowed if name is not None)
+        raise ExportError(f"{field}: {value!r} is not allowed; it must be one of {names}.")
+
+
+def _spec(checkpoint: Checkpoint, config: HipConfig, dtype: DType | None, logits: Logits) -> ModelSpec:
+    model = checkpoint.config
+    if config.dense_layers and config.dense_layers[-1] >= model.num_hidden_layers:
+        raise ConfigError(
+            f"dense_layers: {config.dense_layers[-1]} is not allowed; the model has layers 0 to "
+            f"{model.num_hidden_layers - 1}."
+        )
+    return ModelSpec(
+        model_type=checkpoint.family.model_type,
+        source=checkpoint.name,
+        num_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_key_value_heads,
+        head_dim=model.head_dim,
+        vocab_size=model.vocab_size,
+        max_position_embeddings=model.max_position_embeddings,
+        dtype=dtype or str(checkpoint.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        logits=logits,
+        hip=config,
+        hip_trt_version=importlib.metadata.version("hip-trt"),
+    )
+
+
+def _check_checkpoint(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Raise CheckpointError unless every weight is there; a warning where there are others as well."""
+    unused = check_shapes(checkpoint.tensors, shapes, str(checkpoint.path))
+    unused = [name for name in unused if not _COMPUTED.fullmatch(name)]
+    if not unused:
+        return []
+    return [
+        f"{checkpoint.path}: {len(unused)} of its weights have no place in {checkpoint.family.architecture} and are "
+        f"left out: {', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''}."
+    ]
+
+
+def _save_side_files(checkpoint: Checkpoint, config: HipConfig, stage: Staging, path: Path) -> list[str]:
+    """Write configurations beside the staged tokenizer, and return all their names; refuse to overwrite a stranger's.
+
+    The tokenizer, config.json and generation_config.json are one per folder, so models that share a folder must share
+    them.
+    """
+    checkpoint.config.to_json_file(stage.path / "config.json")
+    checkpoint.generation_config().to_json_file(stage.path / "generation_config.json")
+    shared = [name for name in _SHARED_FILES if (stage.path / name).is_file()]
+    present = [name for name in _SHARED_FILES if (stage.target / name).exists()]
+    if present and not any(stage.target.glob(f"*{_HIP_CONFIG}")):
+        raise ExportError(
+            f"{stage.target}: it holds a {present[0]} that hip-trt did not write.", "Choose another folder for --out."
+        )
+    others = [other.name for other in stage.target.glob("*.onnx") if other.name != path.name]
+    same = present == shared and all(filecmp.cmp(stage.path / name, stage.target / name, False) for name in shared)
+    if others and not same:
+        raise ExportError(
+            f"{stage.target}: it holds {others[0]}, exported from another checkpoint, whose tokenizer and "
+            "configuration this export would replace.",
+            "Choose another folder for --out.",
+        )
+    own = _HIP_CONFIG if path.stem == "model" else f"{path.stem}.{_HIP_CONFIG}"
+    (stage.path / own).write_text(config.to_yaml(), encoding="utf-8")
+    return [*shared, own]
+
+
+def _constants(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Buffers of the architecture, with RoPE's frequencies divided by what a GGUF file says."""
+    constants = buffers(checkpoint.family, checkpoint.config)
+    if checkpoint.frequency_factors is not None:
+        for name in constants:
+            if _COMPUTED.fullmatch(name):
+                constants[name] = constants[name] / checkpoint.frequency_factors
+    return constants
+
+
+def _write_weights(
+    checkpoint: Checkpoint, traced: Trace, dtype: torch.dtype, stage: Staging, stem: str, advance: Step
+) -> str:
+    """Write every weight into one file and refer the graph's initializers to it; the file's name.
+
+    One weight is in memory at a time.
+    """
+    digest, temporary = hashlib.sha256(), stage.path / "weights"
+    extents: dict[str, tuple[int, int]] = {}
+    with open(temporary, "wb") as file, torch.no_grad():
+        for name, weight in traced.weights.items():
+            tensor = convert(checkpoint.tensors[weight.parameter].load(), dtype, weight.parameter)
+            if weight.transposed:
+                tensor = tensor.t()
+            content = tensor.contiguous().view(torch.uint8).numpy().data
+            padding = bytes(-file.tell() % _ALIGNMENT)
+            for part in (padding, content):
+                file.write(part)
+                digest.update(part)
+            extents[name] = file.tell() - content.nbytes, content.nbytes
+            advance(content.nbytes)
+    data = _data_name(stem, digest.hexdigest()[:_DIGITS])
+    temporary.rename(stage.path / data)
+    for name, (offset, length) in extents.items():
+        value = traced.model.graph.initializers[name]
+        value.const_value = ir.ExternalTensor(
+            data, offset, length, value.dtype, shape=value.shape, name=name, base_dir=stage.path
+        )
+    return data
+
+
+def _data_name(stem: str, digits: str) -> str:
+    return f"{stem}-{digits}.onnx.data"
+
+
+def _obsolete(stem: str) -> re.Pattern[str]:
+    """Names of what an earlier export of this name may have left: its weights, and tokenizer files of other kinds."""
+    names = [re.escape(_data_name(stem, "#")).replace("\\#", f"[0-9a-f]{{{_DIGITS}}}"), *map(re.escape, _SHARED_FILES)]
+    return re.compile("|".join(names))
+
+
+def _serialize(model: ir.Model, spec: ModelSpec) -> bytes:
+    """The model file, with the operator's body and the facts that runtimes need."""
+    model.producer_name, model.producer_version = "hip-trt", spec.hip_trt_version
+    model.metadata_props[METADATA_KEY] = spec.model_dump_json()
+    proto = ir.serde.serialize_model(model)
+    add_function(proto)
+    content: bytes = proto.SerializeToString(deterministic=True)
+    return content

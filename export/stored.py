@@ -1,0 +1,74 @@
+"""Weights that stay on disk until they are asked for, so that an export never holds more than one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hip_trt.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One weight of a checkpoint.
+
+    Attributes:
+        shape: its shape, as transformers has it.
+        load: reads it, in the type that it is stored in, or float32 if it is quantized.
+    """
+
+    shape: tuple[int, ...]
+    load: Callable[[], Tensor]
+
+
+def check_shapes(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], where: str) -> list[str]:
+    """Compare a checkpoint's weights with the architecture's parameters.
+
+    Args:
+        stored: the checkpoint's weights by transformers' names.
+        expected: shapes of the architecture's parameters.
+        where: the checkpoint, for messages.
+
+    Returns:
+        Names of weights that the architecture has no use for.
+
+    Raises:
+        CheckpointError: a weight is missing or has another shape.
+    """
+    missing = [name for name in expected if name not in stored]
+    if missing:
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{where}: the weight {missing[0]}{others} is missing.",
+            "The download may be incomplete, or the configuration of another model.",
+        )
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
+            raise CheckpointError(
+                f"{where}: the weight {name} has shape {list(stored[name].shape)}, and its configuration asks for "
+                f"{list(shape)}.",
+                _shape_remedy(name),
+            )
+    return [name for name in stored if name not in expected]
+
+
+def _shape_remedy(name: str) -> str:
+    if "embed_tokens" in name or "lm_head" in name:
+        return "The first number is vocab_size: check it in config.json."
+    return "Configuration and weights are of different models."
+
+
+def convert(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The tensor in another type; CheckpointError where a finite value would become infinite."""
+    converted = tensor.to(dtype)
+    if dtype == torch.float16 and tensor.dtype != dtype:
+        lost = converted.isinf() & tensor.isfinite()
+        if lost.any():
+            raise CheckpointError(
+                f"The weight {name} holds {tensor[lost][0].item():.3g}, beyond float16.",
+                "Export with --dtype bfloat16 or float32.",
+            )
+    return converted
