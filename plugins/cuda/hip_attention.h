@@ -29,7 +29,7 @@ typedef enum HipTrtStatus
     HIP_TRT_INVALID_ARGUMENT = 1,    /* a field is out of range, or a pointer is missing */
     HIP_TRT_UNSUPPORTED = 2,         /* valid, but no kernel computes it */
     HIP_TRT_WORKSPACE_TOO_SMALL = 3, /* less than hipTrtWorkspaceSize() says */
-    HIP_TRT_CUDA_ERROR = 4           /* a launch failed; cudaGetLastError() tells */
+    HIP_TRT_CUDA_ERROR = 4           /* a launch failed; hipTrtLastCudaError() names the error */
 } HipTrtStatus;
 
 typedef enum HipTrtDataType
@@ -84,14 +84,15 @@ typedef struct HipTrtParams
     const int32_t* page_table;     /* [B, M] */
     const int32_t* past_lengths;   /* [B] */
     const int32_t* query_lengths;  /* [B] */
-    const int32_t* past_nodes;     /* [B, Hm, Kd] */
+    const int32_t* past_nodes;     /* [B, Hm, Kd]; not used where the first is negative */
     const int32_t* refresh_mask;   /* [1] */
     void* output;                  /* [B, Hq, S, D] */
     void* present_key;             /* [P, Hkv, page_size, D]; may be past_key, then only new rows are written */
     void* present_value;           /* likewise */
     int32_t* present_nodes;        /* [B, Hm, Kd]; may be past_nodes */
-    int32_t* chosen_blocks;        /* [B, Hm, ceil(S / block_q), K] ascending, -1 after the last, all -1 where the row is
-                                      idle or the layer dense: for verification; NULL when not wanted.
+    int32_t* chosen_blocks;        /* [B, Hm, ceil(S / block_q), K] ascending, -1 after the last, all -1 where the query
+                                      block holds no valid row or the layer is dense: for verification; NULL when not
+                                      wanted. All candidates where they fit in K without a search.
                                       K = (S == 1 ? decode_mask_k : mask_k) / block_k */
     void* workspace;
     size_t workspace_size;         /* bytes */
@@ -106,6 +107,10 @@ HIP_TRT_API const char* hipTrtVersion(void);
 /* What a status means, in English; never NULL. */
 HIP_TRT_API const char* hipTrtStatusText(HipTrtStatus status);
 
+/* Name of the CUDA error behind the calling thread's last HIP_TRT_CUDA_ERROR, such as "cudaErrorInvalidValue"; never
+ * NULL. The library has its own copy of the CUDA runtime, so the caller's cudaGetLastError() cannot tell. */
+HIP_TRT_API const char* hipTrtLastCudaError(void);
+
 /* Whether kernels exist for a configuration and head geometry. Shape fields that are 0 (batch, new_tokens, num_pages,
  * pages_per_sequence) are not checked, so that an engine builder can ask before shapes are known.
  * On failure the reason, naming the field, its value and what is allowed, is written to message (always terminated,
@@ -113,8 +118,8 @@ HIP_TRT_API const char* hipTrtStatusText(HipTrtStatus status);
 HIP_TRT_API HipTrtStatus hipTrtValidate(
     const HipTrtConfig* config, const HipTrtShape* shape, char* message, size_t message_size);
 
-/* Bytes of workspace that a call of this shape, or of any smaller batch, new_tokens, num_pages or pages_per_sequence,
- * needs. Touches no GPU. */
+/* Bytes of workspace, 256-byte aligned, that a call of this shape, or of any smaller batch, new_tokens, num_pages or
+ * pages_per_sequence, needs. Touches no GPU. */
 HIP_TRT_API HipTrtStatus hipTrtWorkspaceSize(const HipTrtConfig* config, const HipTrtShape* shape, size_t* bytes);
 
 /* Launch the operator on a stream. Lengths, the page table and refresh_mask are read on the device only; the caller has

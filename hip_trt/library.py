@@ -1,0 +1,328 @@
+"""The plugin library ``libhip_trt_plugin.so``: where it is, and its C ABI (plugins/cuda/hip_attention.h) by ctypes.
+
+TensorRT loads the same library for its plugin; here it is called directly, on PyTorch tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata, resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hip_trt import operator as names
+from hip_trt.config import HipConfig
+from hip_trt.errors import ConfigError, PluginError, RuntimeInputError
+from hip_trt.spec import ModelSpec
+
+ABI_VERSION = 1
+"""HIP_TRT_ABI_VERSION of the header that this module mirrors."""
+
+_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+_CUDA_ERROR = 4
+
+
+class ConfigStruct(ctypes.Structure):
+    """HipTrtConfig."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in (
+            "mask_k", "decode_mask_k", "block_q", "block_k", "stride_q", "stride_k", "branch", "leaf_branch",
+            "reuse_level", "page_size", "sink_tokens", "window_tokens", "mask_per_query_head", "dense",
+        )),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class ShapeStruct(ctypes.Structure):
+    """HipTrtShape."""
+
+    _fields_ = [
+        (name, ctypes.c_int32) for name in (
+            "type", "batch", "new_tokens", "num_query_heads", "num_kv_heads", "head_dim", "num_pages",
+            "pages_per_sequence",
+        )
+    ]
+
+
+class ParamsStruct(ctypes.Structure):
+    """HipTrtParams."""
+
+    _fields_ = [
+        ("config", ConfigStruct), ("shape", ShapeStruct),
+        *((name, ctypes.c_void_p) for name in (*names.INPUTS, *names.OUTPUTS, "chosen_blocks", "workspace")),
+        ("workspace_size", ctypes.c_size_t),
+    ]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a call, named as in the header. Those with default 0 may be left open when asking :meth:`validate`.
+
+    Attributes:
+        dtype: float16, bfloat16 or float32.
+        num_query_heads, num_kv_heads, head_dim: Hq, Hkv, D.
+        batch: B.
+        new_tokens: S; 1 is a decode step.
+        num_pages: P, pages in the pool.
+        pages_per_sequence: M, slots in a row of the page table.
+    """
+
+    dtype: torch.dtype
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    batch: int = 0
+    new_tokens: int = 0
+    num_pages: int = 0
+    pages_per_sequence: int = 0
+
+
+class Library:
+    """A loaded plugin library.
+
+    Args:
+        path: of the library file.
+
+    Raises:
+        PluginError: it is missing, cannot be loaded, or is of another version than this package.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise PluginError(
+                f"{self.path}: no such plugin library.",
+                "Install hip-trt where a CUDA compiler can be had, and without the option that leaves the plugin out.",
+            )
+        try:
+            self._functions = ctypes.CDLL(str(self.path))
+            for name, result, arguments in (
+                ("hipTrtAbiVersion", ctypes.c_int32, ()),
+                ("hipTrtVersion", ctypes.c_char_p, ()),
+                ("hipTrtStatusText", ctypes.c_char_p, (ctypes.c_int,)),
+                ("hipTrtLastCudaError", ctypes.c_char_p, ()),
+                ("hipTrtValidate", ctypes.c_int, (
+                    ctypes.POINTER(ConfigStruct), ctypes.POINTER(ShapeStruct), ctypes.c_char_p, ctypes.c_size_t)),
+                ("hipTrtWorkspaceSize", ctypes.c_int, (
+                    ctypes.POINTER(ConfigStruct), ctypes.POINTER(ShapeStruct), ctypes.POINTER(ctypes.c_size_t))),
+                ("hipTrtAttention", ctypes.c_int, (ctypes.POINTER(ParamsStruct), ctypes.c_void_p)),
+            ):
+                function = getattr(self._functions, name)
+                function.restype, function.argtypes = result, arguments
+        except (OSError, AttributeError) as error:
+            raise PluginError(f"{self.path}: cannot be loaded: {error}.", "Install hip-trt again.") from None
+        abi, installed = int(self._functions.hipTrtAbiVersion()), metadata.version("hip-trt")
+        if abi != ABI_VERSION or self.version != installed:
+            raise PluginError(
+                f"{self.path}: version {self.version} with ABI {abi}, but the package is version {installed} with ABI "
+                f"{ABI_VERSION}.", "Install hip-trt again, so that both come from one build.",
+            )
+
+    @property
+    def version(self) -> str:
+        """The package version that the library was built from."""
+        version: bytes = self._functions.hipTrtVersion()
+        return version.decode()
+
+    def validate(self, config: HipConfig, shape: Shape, *, scale: float = 1.0, dense: bool = False) -> None:
+        """Refuse what no kernel computes. Touches no GPU.
+
+        Raises:
+            ConfigError: naming the field, its value and what is allowed.
+        """
+        message = ctypes.create_string_buffer(512)
+        status = self._functions.hipTrtValidate(
+            _config_struct(config, scale, dense), _shape_struct(shape), message, len(message)
+        )
+        if status != 0:
+            raise ConfigError(f"{message.value.decode()}.", "No CUDA kernel computes this configuration.")
+
+    def workspace_size(self, config: HipConfig, shape: Shape, *, dense: bool = False) -> int:
+        """Bytes that a call of this shape, or of a smaller batch, new_tokens or number of pages, needs.
+
+        Raises:
+            ConfigError: as :meth:`validate`; no size may be 0.
+        """
+        size = ctypes.c_size_t()
+        status = self._functions.hipTrtWorkspaceSize(
+            _config_struct(config, 1.0, dense), _shape_struct(shape), ctypes.byref(size)
+        )
+        if status != 0:
+            self.validate(config, shape, dense=dense)
+            raise ConfigError(f"{shape}: a size is 0.", "Give every size to learn what a call needs.")
+        return size.value
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
+        page_table: Tensor,
+        past_lengths: Tensor,
+        query_lengths: Tensor,
+        past_nodes: Tensor,
+        refresh_mask: Tensor,
+        *,
+        config: HipConfig,
+        scale: float,
+        dense: bool = False,
+        output: Tensor | None = None,
+        present_key: Tensor | None = None,
+        present_value: Tensor | None = None,
+        present_nodes: Tensor | None = None,
+        chosen_blocks: Tensor | None = None,
+        workspace: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """:func:`hip_trt.reference.hip_attention` on contiguous CUDA tensors, on PyTorch's current stream.
+
+        Contents (lengths, page table, refresh_mask) are not checked: the kernels read them on the device only.
+
+        Args:
+            output, present_key, present_value, present_nodes: where results go; None allocates. A present tensor may be
+                its past tensor: then nothing but the new rows is written.
+            chosen_blocks: [B, Hm, ceil(S / block_q), K] int32, where the chosen blocks go, ascending, then -1; None if
+                not wanted.
+            workspace: at least :meth:`workspace_size` bytes; None allocates.
+
+        Returns:
+            output, present_key, present_value and present_nodes.
+
+        Raises:
+            ConfigError: no kernel computes the configuration.
+            RuntimeInputError: a tensor's shape, type, device or layout does not fit.
+            PluginError: a kernel could not be launched.
+        """
+        batch, query_heads, new_tokens, head_dim = query.shape
+        shape = Shape(
+            query.dtype, query_heads, key.shape[1], head_dim, batch, new_tokens, past_key.shape[0], page_table.shape[1]
+        )
+        if workspace is None:
+            workspace = query.new_empty(self.workspace_size(config, shape, dense=dense), dtype=torch.uint8)
+        tensors = {
+            "query": query, "key": key, "value": value, "past_key": past_key, "past_value": past_value,
+            "page_table": page_table, "past_lengths": past_lengths, "query_lengths": query_lengths,
+            "past_nodes": past_nodes, "refresh_mask": refresh_mask,
+            "output": torch.empty_like(query) if output is None else output,
+            "present_key": torch.empty_like(past_key) if present_key is None else present_key,
+            "present_value": torch.empty_like(past_value) if present_value is None else present_value,
+            "present_nodes": torch.empty_like(past_nodes) if present_nodes is None else present_nodes,
+        }
+        if chosen_blocks is not None:
+            tensors["chosen_blocks"] = chosen_blocks
+        _check_tensors(tensors, config, shape)
+        params = ParamsStruct(
+            config=_config_struct(config, scale, dense), shape=_shape_struct(shape), workspace=workspace.data_ptr(),
+            workspace_size=workspace.nbytes, **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        )
+        with self._stream(query.device) as stream:
+            status = self._functions.hipTrtAttention(ctypes.byref(params), stream)
+        if status != 0:
+            self.validate(config, shape, scale=scale, dense=dense)
+            text = self._functions.hipTrtStatusText(status).decode()
+            if status == _CUDA_ERROR:
+                text = f"{text}: {self._functions.hipTrtLastCudaError().decode()}"
+            raise PluginError(f"HipAttention on {query.device}: {text}.")
+        return tensors["output"], tensors["present_key"], tensors["present_value"], tensors["present_nodes"]
+
+    @contextmanager
+    def _stream(self, device: torch.device) -> Iterator[int]:
+        """The current stream of a device, which is made the current device."""
+        if device.type != "cuda":
+            raise RuntimeInputError(f"query: device {device} is not allowed.", "It must be a CUDA device.")
+        with torch.cuda.device(device):
+            yield torch.cuda.current_stream(device).cuda_stream
+
+
+def plugin_path() -> Path:
+    """The library that was installed with this package.
+
+    Raises:
+        PluginError: the package was installed without it.
+    """
+    # Asked for as a resource: an editable install keeps it apart from the Python files.
+    path = Path(str(resources.files("hip_trt") / "libhip_trt_plugin.so"))
+    if not path.is_file():
+        raise PluginError(
+            f"{path}: the plugin library was not installed.",
+            "Install hip-trt again, without the option that leaves the plugin out.",
+        )
+    return path
+
+
+@lru_cache(maxsize=1)
+def load() -> Library:
+    """The installed library, loaded once.
+
+    Raises:
+        PluginError: it is missing, cannot be loaded, or is of another version than this package.
+    """
+    return Library(plugin_path())
+
+
+def version() -> str:
+    """The package version that the installed library was built from; see :func:`load`."""
+    return load().version
+
+
+def validate(spec: ModelSpec) -> None:
+    """Refuse a model that the installed library's kernels do not compute.
+
+    Raises:
+        ConfigError: naming the field, its value and what is allowed.
+        PluginError: see :func:`load`.
+    """
+    load().validate(
+        spec.hip, Shape(spec.torch_dtype, spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim)
+    )
+
+
+def _config_struct(config: HipConfig, scale: float, dense: bool) -> ConfigStruct:
+    fields = {name: getattr(config, name) for name in names.INT_ATTRIBUTES if name != "dense"}
+    return ConfigStruct(**fields, mask_per_query_head=config.mask_heads == "query", dense=dense, scale=scale)
+
+
+def _shape_struct(shape: Shape) -> ShapeStruct:
+    if shape.dtype not in _TYPES:
+        raise ConfigError(f"type: {shape.dtype} is not supported; it must be float16, bfloat16 or float32.")
+    fields = {name: getattr(shape, name) for name, _ in ShapeStruct._fields_ if name != "type"}  # type: ignore[misc]
+    return ShapeStruct(type=_TYPES[shape.dtype], **fields)
+
+
+def _check_tensors(tensors: dict[str, Tensor], config: HipConfig, shape: Shape) -> None:
+    decode = shape.new_tokens == 1
+    masks = config.num_masks(shape.num_query_heads, shape.num_kv_heads)
+    blocks = config.decode_mask_blocks if decode else config.mask_blocks
+    new = (shape.batch, shape.num_kv_heads, shape.new_tokens, shape.head_dim)
+    pool = (shape.num_pages, shape.num_kv_heads, config.page_size, shape.head_dim)
+    nodes = (shape.batch, masks, config.decode_mask_blocks)
+    expected = {
+        "key": new, "value": new, "past_key": pool, "past_value": pool,
+        "page_table": (shape.batch, shape.pages_per_sequence), "past_lengths": (shape.batch,),
+        "query_lengths": (shape.batch,), "past_nodes": nodes, "refresh_mask": (1,),
+        "output": tensors["query"].shape, "present_key": pool, "present_value": pool, "present_nodes": nodes,
+        "chosen_blocks": (shape.batch, masks, -(-shape.new_tokens // config.block_q), blocks),
+    }
+    device = tensors["query"].device
+    for name, tensor in tensors.items():
+        dtype = torch.int32 if name in _INTEGER_TENSORS else shape.dtype
+        if tuple(tensor.shape) != tuple(expected.get(name, tensor.shape)):
+            raise RuntimeInputError(f"{name}: shape {list(tensor.shape)} does not fit; it must be "
+                                    f"{list(expected[name])}.")
+        if tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+            layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
+            raise RuntimeInputError(f"{name}: {tensor.dtype} on {tensor.device}, {layout}, does not fit; it must be "
+                                    f"{dtype} on {device}, contiguous.")
+
+
+_INTEGER_TENSORS = {
+    "page_table", "past_lengths", "query_lengths", "past_nodes", "refresh_mask", "present_nodes", "chosen_blocks",
+}

@@ -1,0 +1,133 @@
+// The C ABI: checks, then the steps of one call in order.
+#include "hip_attention.h"
+
+#include "kernels.cuh"
+#include "plan.cuh"
+#include "validation.cuh"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <iterator>
+
+#ifndef HIP_TRT_VERSION
+#error "define HIP_TRT_VERSION as the package version, a string"
+#endif
+
+namespace hip_trt
+{
+
+namespace
+{
+
+thread_local cudaError_t last_error = cudaSuccess;
+
+template <typename T, int D>
+cudaError_t run(const Call& call, cudaStream_t stream)
+{
+    cudaError_t error = updateCache(call, stream);
+    if (error == cudaSuccess)
+    {
+        error = searchMasks<T, D>(call, stream);
+    }
+    if (error == cudaSuccess)
+    {
+        error = attend<T, D>(call, stream);
+    }
+    return error;
+}
+
+template <typename T>
+cudaError_t runHeadDim(const Call& call, cudaStream_t stream)
+{
+    return call.shape.head_dim <= kSmallHeadDim ? run<T, kSmallHeadDim>(call, stream)
+                                                : run<T, kLargeHeadDim>(call, stream);
+}
+
+cudaError_t runType(const Call& call, cudaStream_t stream)
+{
+    switch (call.shape.type)
+    {
+    case HIP_TRT_FLOAT16: return runHeadDim<__half>(call, stream);
+    case HIP_TRT_BFLOAT16: return runHeadDim<__nv_bfloat16>(call, stream);
+    default: return runHeadDim<float>(call, stream);
+    }
+}
+
+bool complete(const HipTrtParams& params)
+{
+    const void* const pointers[] = {params.query, params.key, params.value, params.past_key, params.past_value,
+        params.page_table, params.past_lengths, params.query_lengths, params.past_nodes, params.refresh_mask,
+        params.output, params.present_key, params.present_value, params.present_nodes, params.workspace};
+    return std::all_of(std::begin(pointers), std::end(pointers),
+        [](const void* pointer) { return pointer != nullptr && reinterpret_cast<uintptr_t>(pointer) % 16 == 0; });
+}
+
+} // namespace
+
+} // namespace hip_trt
+
+int32_t hipTrtAbiVersion(void)
+{
+    return HIP_TRT_ABI_VERSION;
+}
+
+const char* hipTrtVersion(void)
+{
+    return HIP_TRT_VERSION;
+}
+
+const char* hipTrtStatusText(HipTrtStatus status)
+{
+    switch (status)
+    {
+    case HIP_TRT_SUCCESS: return "success";
+    case HIP_TRT_INVALID_ARGUMENT: return "an argument is out of range, or a pointer is missing or not 16-byte aligned";
+    case HIP_TRT_UNSUPPORTED: return "no kernel computes this configuration";
+    case HIP_TRT_WORKSPACE_TOO_SMALL: return "the workspace is smaller than hipTrtWorkspaceSize says";
+    case HIP_TRT_CUDA_ERROR: return "a CUDA call failed";
+    }
+    return "unknown status";
+}
+
+const char* hipTrtLastCudaError(void)
+{
+    return cudaGetErrorName(hip_trt::last_error);
+}
+
+HipTrtStatus hipTrtValidate(const HipTrtConfig* config, const HipTrtShape* shape, char* message, size_t message_size)
+{
+    return hip_trt::validate(*config, *shape, false, message, message_size);
+}
+
+HipTrtStatus hipTrtWorkspaceSize(const HipTrtConfig* config, const HipTrtShape* shape, size_t* bytes)
+{
+    const HipTrtStatus status = hip_trt::validate(*config, *shape, true, nullptr, 0);
+    if (status == HIP_TRT_SUCCESS)
+    {
+        HipTrtShape decode = *shape;
+        decode.new_tokens = 1;
+        *bytes = std::max(hip_trt::callWorkspaceSize(*config, *shape), hip_trt::callWorkspaceSize(*config, decode));
+    }
+    return status;
+}
+
+HipTrtStatus hipTrtAttention(const HipTrtParams* params, cudaStream_t stream)
+{
+    const HipTrtStatus status = hip_trt::validate(params->config, params->shape, true, nullptr, 0);
+    if (status != HIP_TRT_SUCCESS)
+    {
+        return status;
+    }
+    if (!hip_trt::complete(*params))
+    {
+        return HIP_TRT_INVALID_ARGUMENT;
+    }
+    if (params->workspace_size < hip_trt::callWorkspaceSize(params->config, params->shape))
+    {
+        return HIP_TRT_WORKSPACE_TOO_SMALL;
+    }
+    hip_trt::last_error = hip_trt::runType(hip_trt::makeCall(*params), stream);
+    return hip_trt::last_error == cudaSuccess ? HIP_TRT_SUCCESS : HIP_TRT_CUDA_ERROR;
+}

@@ -1,0 +1,4 @@
+#include "mask_search.cuh"
+
+template cudaError_t hip_trt::searchMasks<float, hip_trt::kSmallHeadDim>(const Call&, cudaStream_t);
+template cudaError_t hip_trt::searchMasks<float, hip_trt::kLargeHeadDim>(const Call&, cudaStream_t);

@@ -1,0 +1,4 @@
+#include "sparse_attention.cuh"
+
+template cudaError_t hip_trt::attend<__nv_bfloat16, hip_trt::kSmallHeadDim>(const Call&, cudaStream_t);
+template cudaError_t hip_trt::attend<__nv_bfloat16, hip_trt::kLargeHeadDim>(const Call&, cudaStream_t);

@@ -1,0 +1,66 @@
+// The names of the CUDA runtime that plugins/cuda uses, so that the emulation needs no CUDA toolkit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static thread_local
+
+enum cudaError_t
+{
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1
+};
+
+enum cudaMemcpyKind
+{
+    cudaMemcpyDefault = 4
+};
+
+typedef struct CUstream_st* cudaStream_t;
+
+struct dim3
+{
+    unsigned x, y, z;
+
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1)
+        : x(x)
+        , y(y)
+        , z(z)
+    {
+    }
+};
+
+struct alignas(8) float2
+{
+    float x, y;
+};
+
+struct alignas(16) float4
+{
+    float x, y, z, w;
+};
+
+struct alignas(16) uint4
+{
+    unsigned x, y, z, w;
+};
+
+inline float2 make_float2(float x, float y)
+{
+    return {x, y};
+}
+
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w)
+{
+    return {x, y, z, w};
+}
+
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream);
+const char* cudaGetErrorName(cudaError_t error);
