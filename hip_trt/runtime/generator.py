@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Generator as PyGenerator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from hip_trt.spec import ModelSpec
 DEFAULT_MAX_NEW_TOKENS = 256
 
 Prompt = str | Sequence[int]
+TextPieces = PyGenerator[str, None, None]
 FinishReason = Literal["stop", "length"]
 
 
@@ -383,9 +385,9 @@ class Generator:
         mean = torch.tensor(total / (len(tokens) - 1 - skip), dtype=torch.float64)
         return float(mean.exp())
 
-    def chat(self, system: str | None = None) -> Chat:
+    def chat(self, system: str | None = None, *, max_seq_len: int | None = None) -> Chat:
         """A conversation with its own session; see :class:`Chat`."""
-        return Chat(self, system)
+        return Chat(self, system, max_seq_len=max_seq_len)
 
     def _session_for(self, wanted: Sequence[int]) -> Session:
         page_size = self.spec.hip.page_size
@@ -417,18 +419,20 @@ class Chat:
     Args:
         generator: generates.
         system: system message, or None.
+        max_seq_len: most tokens of the conversation; by default the generator's.
 
     Attributes:
-        messages: the conversation so far; each finished reply is appended.
+        messages: the conversation so far.
+        stats: of the last reply.
     """
 
-    def __init__(self, generator: Generator, system: str | None = None) -> None:
+    def __init__(self, generator: Generator, system: str | None = None, *, max_seq_len: int | None = None) -> None:
         self.generator = generator
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system is not None else []
-        self._session = generator.session()
+        self._session = generator.session(max_seq_len=max_seq_len)
         self.stats = Stats()
 
-    def send(self, text: str, **options: Any) -> Iterator[str]:
+    def send(self, text: str, **options: Any) -> TextPieces:
         """Say something, and stream the reply.
 
         The user's message and the reply, as far as it was read, become part of the conversation even if the iterator
@@ -445,7 +449,7 @@ class Chat:
         stream = self.generator.stream([self.generator.encode_chat(messages)], session=self._session, **options)
         return self._reply(messages, stream)
 
-    def _reply(self, messages: list[dict[str, str]], stream: Stream) -> Iterator[str]:
+    def _reply(self, messages: list[dict[str, str]], stream: Stream) -> TextPieces:
         self.messages = messages
         self.stats = stream.stats
         reply = ""

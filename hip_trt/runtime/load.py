@@ -50,7 +50,7 @@ def load(
     elif path.suffix in (".plan", ".engine"):
         from hip_trt.runtime.tensorrt import TensorRTExecutor
 
-        executor = TensorRTExecutor(path)
+        executor = TensorRTExecutor.load(path)
     else:
         raise EngineError(f"{path}: neither .onnx nor .plan.", "Name a file that hip-trt export has made.")
     return Generator(

@@ -7,19 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnxruntime as ort
 import torch
-from google.protobuf.message import DecodeError
-from onnx import ModelProto, TensorProto
-from onnx.external_data_helper import ExternalDataInfo, uses_external_data
-from pydantic import ValidationError
+from onnx import TensorProto
 from torch import Tensor
 
 from hip_trt import operator as names
 from hip_trt.errors import EngineError, EnvironmentProblem
+from hip_trt.onnx_file import read_onnx
 from hip_trt.runtime.executor import Limits
-from hip_trt.spec import METADATA_KEY, ModelSpec
+from hip_trt.spec import ModelSpec
 
 _ELEMENT_TYPES = {
     torch.float32: TensorProto.FLOAT,
@@ -49,7 +46,7 @@ class OrtExecutor:
     def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
         path = Path(path)
         self.path = path
-        self.spec = read_model_spec(path)
+        self.spec = read_onnx(path).spec
         options = ort.SessionOptions()
         options.log_severity_level = 4  # failures come as exceptions; do not print them as well
         if threads is not None:
@@ -110,52 +107,6 @@ class OrtExecutor:
         return binding, copies
 
 
-def read_model_spec(path: str | Path) -> ModelSpec:
-    """The :class:`ModelSpec` in a .onnx file's metadata, once all that the file needs is there.
-
-    Raises:
-        EngineError: if the file or its external data is missing, damaged, or not from hip-trt.
-    """
-    path = Path(path)
-    remedy = "Export it again: hip-trt export."
-    if not path.is_file():
-        raise EngineError(f"{path}: no such file.", "Make one: hip-trt export --model DIR --out model.onnx.")
-    try:
-        model: ModelProto = onnx.load(path, load_external_data=False)
-    except OSError as error:
-        raise EngineError(f"{path}: cannot be read: {error.strerror}.") from None
-    except DecodeError:
-        raise EngineError(f"{path}: not an ONNX file, or a damaged one.", remedy) from None
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    if METADATA_KEY not in metadata:
-        raise EngineError(f"{path}: not a model exported by hip-trt (no {METADATA_KEY} in its metadata).", remedy)
-    try:
-        spec = ModelSpec.model_validate_json(metadata[METADATA_KEY])
-    except ValidationError as error:
-        field = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise EngineError(
-            f"{path}: its {METADATA_KEY} metadata is of another version: {field}: {error.errors()[0]['msg']}.", remedy
-        ) from None
-    _check_external_data(path, model, remedy)
-    return spec
-
-
-def _check_external_data(path: Path, model: ModelProto, remedy: str) -> None:
-    ends: dict[str, int] = {}
-    for tensor in model.graph.initializer:
-        if uses_external_data(tensor):
-            info = ExternalDataInfo(tensor)
-            ends[info.location] = max(ends.get(info.location, 0), (info.offset or 0) + (info.length or 0))
-    for location, end in ends.items():
-        data = path.parent / location
-        if not data.is_file():
-            raise EngineError(f"{path}: its weights are missing: no {data}.", f"Keep the two together. {remedy}")
-        if data.stat().st_size < end:
-            raise EngineError(
-                f"{data}: truncated: {data.stat().st_size} bytes where {path.name} needs {end}.", remedy
-            )
-
-
 def _shareable(layers: int) -> dict[str, str]:
     """Outputs that may have the buffer of an input, and of which."""
     return {
@@ -173,7 +124,9 @@ def _load_error(path: Path, spec: ModelSpec, error: Exception) -> EngineError | 
             f"{path}: ONNX Runtime {ort.__version__} has no CPU kernels for {spec.dtype}: {_one_line(error)}.",
             "Export with --dtype float32 or float16 for ONNX Runtime.",
         )
-    return EngineError(f"{path}: ONNX Runtime cannot load it: {_one_line(error)}.", "Export it again: hip-trt export.")
+    return EngineError(
+        f"{path}: ONNX Runtime cannot load it: {_one_line(error)}.", "Export it again with `hip-trt export`."
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -205,7 +205,7 @@ class Session:
             counts = [len(part) for part in parts]
             # A call of one column is a decode step, with other budgets: pad, so that prompts of any length and any
             # split are prefilled alike.
-            width = max(2, *counts)
+            width = max(2 if self._chunk > 1 else 1, *counts)
             index = torch.tensor(rows, device=device)
             nodes = [layer[index] for layer in state.nodes]
             logits = torch.empty(

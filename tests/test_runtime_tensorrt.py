@@ -1,0 +1,302 @@
+"""The TensorRT executor's sequence of calls, on an engine that records them and computes with the reference operator.
+
+TensorRT itself needs a GPU: these tests show that its interfaces are called in the documented order, with the right
+profile, shapes and addresses, and that failures become errors with TensorRT's own words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from oracle import OracleExecutor, tiny_llama
+
+from hip_trt import operator as names
+from hip_trt.config import HipConfig
+from hip_trt.errors import EngineError, EnvironmentProblem
+from hip_trt.runtime import Generator, Limits, Session
+from hip_trt.runtime import tensorrt as executor_module
+from hip_trt.runtime.tensorrt import TensorRTExecutor
+from hip_trt.sidecar import FileRecord, ProfileRecord, Sidecar, sidecar_path
+from hip_trt.tensorrt_flavour import MessageLog
+
+HIP = HipConfig.create(
+    mask_k=16, decode_mask_k=16, block_q=8, block_k=4, stride_q=4, page_size=8, sink_tokens=4, window_tokens=8,
+    branch=2, leaf_branch=2, refresh_interval=3,
+)
+LIMITS = Limits(max_batch=3, max_prefill=16, max_seq_len=128, max_pages=32)
+
+
+class FakeContext:
+    """Runs the oracle on what was bound, found again by address."""
+
+    def __init__(self, engine: FakeEngine, strategy: Any) -> None:
+        self.engine, self.strategy = engine, strategy
+        self.calls: list[str] = []
+        self.profile: int | None = None
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self.calls.append("profile")
+        self.profile = index
+        return stream == FakeStream.handle
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert self.profile is not None
+        assert name in self.engine.inputs
+        self.calls.append("shape")
+        self.shapes[name] = shape
+        rows, width = self.shapes[names.INPUT_IDS]
+        accepted = rows <= 3 and (width == 1 if self.profile == 1 else 1 <= width <= 16)
+        if not accepted:
+            self.engine.log.errors.append("IExecutionContext::setInputShape: Error Code 3: (outside profile)")
+        return accepted
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.calls.append("address")
+        self.addresses[name] = address
+        return name in self.engine.inputs or name in self.engine.outputs
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream == FakeStream.handle
+        assert self.engine.stream.inside, "enqueued without order"
+        self.calls.append("execute")
+        if self.engine.broken:
+            self.engine.log.errors.append("[enqueue] no memory")
+            return False
+        if not self.engine.stream.capturing:
+            self.compute()
+        return True
+
+    def compute(self) -> None:
+        tensors = {tensor.data_ptr(): tensor for tensor in self.engine.live}
+        inputs = {name: tensors[self.addresses[name]] for name in self.engine.inputs}
+        assert all(tuple(tensor.shape) == self.shapes[name] for name, tensor in inputs.items())
+        self.engine.oracle.run(inputs, {name: tensors[self.addresses[name]] for name in self.engine.outputs})
+
+
+class FakeStream:
+    handle = 77
+
+    def __init__(self) -> None:
+        self.inside = self.capturing = False
+        self.captures: list[Callable[[], None]] = []
+        self.replays = 0
+        self.refuse = False
+
+    @contextmanager
+    def ordered(self) -> Iterator[None]:
+        self.inside = True
+        yield
+        self.inside = False
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        if self.refuse:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.capturing = True
+        work()
+        self.capturing = False
+        self.captures.append(work)
+
+        def replay() -> None:
+            assert self.inside
+            self.replays += 1
+            work()
+
+        return replay
+
+
+class FakeEngine:
+    def __init__(self, oracle: OracleExecutor, stream: FakeStream) -> None:
+        layers = range(oracle.spec.num_layers)
+        self.oracle, self.stream, self.log = oracle, stream, MessageLog()
+        self.inputs = [
+            names.INPUT_IDS, names.PAST_LENGTHS, names.QUERY_LENGTHS, names.PAGE_TABLE, names.REFRESH_MASK,
+            *(name(i) for i in layers for name in (names.past_key_name, names.past_value_name, names.past_nodes_name)),
+        ]
+        self.outputs = [names.LOGITS, *(
+            name(i) for i in layers
+            for name in (names.present_key_name, names.present_value_name, names.present_nodes_name)
+        )]
+        self.contexts: list[FakeContext] = []
+        self.live: list[torch.Tensor] = []
+        self.broken = self.no_context = False
+
+    def create_execution_context(self, strategy: Any) -> FakeContext | None:
+        if self.no_context:
+            return None
+        self.contexts.append(FakeContext(self, strategy))
+        return self.contexts[-1]
+
+
+class FakeFlavour:
+    name, version = "tensorrt", "10.99"
+    module = SimpleNamespace(ExecutionContextAllocationStrategy=SimpleNamespace(ON_PROFILE_CHANGE="on change"))
+
+    def __init__(self, log: MessageLog) -> None:
+        self.log = log
+
+    def __repr__(self) -> str:
+        return f"{self.name} {self.version}"
+
+    @contextmanager
+    def messages(self) -> Iterator[MessageLog]:
+        self.log.errors.clear()
+        yield self.log
+
+
+class Recording(TensorRTExecutor):
+    """Keeps the tensors of a call within reach of the engine, which sees addresses only."""
+
+    def run(self, inputs: Any, outputs: Any) -> None:
+        self._engine.live = [*inputs.values(), *outputs.values()]
+        super().run(inputs, outputs)
+
+
+def sidecar(oracle: OracleExecutor, **changes: Any) -> Sidecar:
+    record = FileRecord(name="engine.plan", size=4, sha256="0")
+    fields: dict[str, Any] = {
+        "plan": record, "model": (record.model_copy(update={"name": "model.onnx"}),), "spec": oracle.spec,
+        "limits": LIMITS, "inputs": (), "outputs": (), "layers": {}, "plugin_layers": (), "flavour": "tensorrt",
+        "profiles": (ProfileRecord(name="prefill", shapes={}), ProfileRecord(name="decode", shapes={})),
+        "tensorrt_version": "10.99", "compute_capabilities": ("9.0",), "plugin_version": "0.1.0",
+        "hip_trt_version": "0.1.0", "created": datetime.now(UTC),
+    }
+    return Sidecar(**{**fields, **changes})
+
+
+@pytest.fixture(scope="module")
+def oracle() -> OracleExecutor:
+    return OracleExecutor(tiny_llama(), HIP, limits=LIMITS)
+
+
+def make(oracle: OracleExecutor, *, cuda_graphs: bool = True) -> tuple[Recording, FakeEngine, FakeStream]:
+    stream = FakeStream()
+    engine = FakeEngine(oracle, stream)
+    flavour: Any = FakeFlavour(engine.log)
+    executor = Recording(
+        engine, flavour, sidecar(oracle), device=torch.device("cpu"), stream=stream, cuda_graphs=cuda_graphs
+    )
+    return executor, engine, stream
+
+
+PROMPTS = [list(range(40)), list(range(5, 12))]
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_same_tokens_as_the_oracle(oracle: OracleExecutor, cuda_graphs: bool) -> None:
+    executor, engine, stream = make(oracle, cuda_graphs=cuda_graphs)
+    expected = [row.tokens for row in Generator(oracle).generate(PROMPTS, max_new_tokens=8)]
+    assert [row.tokens for row in Generator(executor).generate(PROMPTS, max_new_tokens=8)] == expected
+    prefill, decode = engine.contexts
+    assert (prefill.profile, decode.profile) == (0, 1)
+    assert {prefill.strategy, decode.strategy} == {"on change"}
+    # Bound once, executed at the first of 7 steps, then captured and replayed.
+    assert decode.calls.count("shape") == len(engine.inputs)
+    assert decode.calls.count("address") == len(engine.inputs) + len(engine.outputs)
+    assert (len(stream.captures), stream.replays) == ((1, 6) if cuda_graphs else (0, 0))
+    assert prefill.calls.count("execute") == 3  # 40 tokens in chunks of 16
+
+
+def test_present_is_bound_to_past(oracle: OracleExecutor) -> None:
+    executor, engine, _ = make(oracle)
+    Generator(executor).generate(PROMPTS[0], max_new_tokens=2)
+    for context in engine.contexts:
+        for layer in range(oracle.spec.num_layers):
+            for past, present in (
+                (names.past_key_name, names.present_key_name), (names.past_value_name, names.present_value_name),
+                (names.past_nodes_name, names.present_nodes_name),
+            ):
+                assert context.addresses[present(layer)] == context.addresses[past(layer)]
+
+
+def test_every_batch_has_a_context_and_graph_of_its_own(oracle: OracleExecutor) -> None:
+    executor, engine, stream = make(oracle)
+    sessions = [Session(executor, batch=batch, max_seq_len=64) for batch in (1, 2)]
+    for running in sessions:
+        running.append([[1, 2, 3]] * running.batch)
+    for _ in range(3):
+        for running in sessions:
+            running.step([4] * running.batch)
+    assert [context.profile for context in engine.contexts] == [0, 1, 1]
+    assert (len(stream.captures), stream.replays) == (2, 4)
+
+
+def test_old_decode_contexts_are_dropped(oracle: OracleExecutor) -> None:
+    executor, _, _ = make(oracle)
+    sessions = [Session(executor, max_seq_len=16) for _ in range(6)]
+    for running in sessions:
+        running.step([1])
+    assert len(executor._decoders) == 4
+
+
+def test_capture_that_fails_is_not_tried_again(oracle: OracleExecutor, caplog: pytest.LogCaptureFixture) -> None:
+    executor, _, stream = make(oracle)
+    stream.refuse = True
+    expected = [row.tokens for row in Generator(oracle).generate(PROMPTS, max_new_tokens=6)]
+    assert [row.tokens for row in Generator(executor).generate(PROMPTS, max_new_tokens=6)] == expected
+    assert [record.message for record in caplog.records] == [
+        "decode steps run without a CUDA graph: operation not permitted when stream is capturing"
+    ]
+
+
+def test_limits_are_the_engines(oracle: OracleExecutor) -> None:
+    executor, _, _ = make(oracle)
+    assert executor.limits == LIMITS
+    assert Generator(executor).max_seq_len == 128
+
+
+def test_shape_outside_the_profiles(oracle: OracleExecutor) -> None:
+    executor, _, _ = make(oracle)
+    running = Session(executor, max_seq_len=64)
+    running._chunk = 24
+    with pytest.raises(EngineError, match=r"input_ids: the engine does not take shape \[1, 24\]: .*outside profile"):
+        running.append([list(range(24))])
+
+
+def test_failure_carries_tensorrts_words(oracle: OracleExecutor) -> None:
+    executor, engine, _ = make(oracle)
+    running = Session(executor, max_seq_len=64)
+    engine.broken = True
+    with pytest.raises(EngineError, match=r"engine.plan: tensorrt 10.99 failed: \[enqueue\] no memory"):
+        running.append([[1, 2]])
+    assert running.state.lengths == (0,)
+
+
+def test_no_context(oracle: OracleExecutor) -> None:
+    stream = FakeStream()
+    engine = FakeEngine(oracle, stream)
+    engine.no_context = True
+    flavour: Any = FakeFlavour(engine.log)
+    with pytest.raises(EngineError, match="no execution context"):
+        TensorRTExecutor(engine, flavour, sidecar(oracle), device=torch.device("cpu"), stream=stream)
+
+
+def write_plan(folder: Path, oracle: OracleExecutor, **changes: Any) -> Path:
+    plan = folder / "engine.plan"
+    plan.write_bytes(b"plan")
+    sidecar_path(plan).write_text(sidecar(oracle, plan=FileRecord.of(plan), **changes).model_dump_json())
+    return plan
+
+
+def test_plan_without_a_gpu(oracle: OracleExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor_module, "current_gpu", lambda: None)
+    with pytest.raises(EnvironmentProblem, match=r"needs a GPU \(9.0\).*hip-trt run .*model.onnx"):
+        TensorRTExecutor.load(write_plan(tmp_path, oracle))
+
+
+def test_damaged_plan(oracle: OracleExecutor, tmp_path: Path) -> None:
+    plan = write_plan(tmp_path, oracle)
+    plan.write_bytes(b"plaN")
+    with pytest.raises(EngineError, match="damaged"):
+        TensorRTExecutor.load(plan)
+    sidecar_path(plan).unlink()
+    with pytest.raises(EngineError, match=r"engine.plan.json is missing"):
+        TensorRTExecutor.load(plan)
