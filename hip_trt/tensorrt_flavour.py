@@ -41,8 +41,8 @@ class MessageLog:
     warnings: list[str] = field(default_factory=list)
 
     def cause(self, fallback: str) -> str:
-        """The first error, on one line and without TensorRT's source positions; it is what the others follow from."""
-        return _one_line(self.errors[0]) if self.errors else fallback
+        """The first error, on one line; it is what the others follow from."""
+        return one_line(self.errors[0]) if self.errors else fallback
 
 
 class Flavour:
@@ -204,7 +204,7 @@ def _load(name: FlavourName) -> Flavour:
         module = importlib.import_module(_MODULES[name])
     except ImportError as error:
         raise EnvironmentProblem(
-            f"The Python module {_MODULES[name]} is installed but cannot be imported: {_one_line(str(error))}.",
+            f"The Python module {_MODULES[name]} is installed but cannot be imported: {one_line(str(error))}.",
             f"Install it again: {install_command(name)}",
         ) from None
     if name == "tensorrt-rtx":
@@ -246,5 +246,6 @@ def _loaded_libraries() -> list[Path]:
     return sorted(Path(path) for path in paths if path.startswith("/"))
 
 
-def _one_line(message: str) -> str:
+def one_line(message: str) -> str:
+    """A message of TensorRT's without line breaks and final stop, to be put into a sentence."""
     return " ".join(message.split()).rstrip(".")

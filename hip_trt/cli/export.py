@@ -1,0 +1,193 @@
+"""``hip-trt export``: from a checkpoint to ONNX and to a TensorRT engine."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hip_trt.cli.config_options import resolve_config, with_config_options
+from hip_trt.cli.console import Verbose, out, set_verbose
+from hip_trt.errors import ExportError
+
+if TYPE_CHECKING:
+    from hip_trt.sidecar import Sidecar
+
+_ONNX_NAME = "model.onnx"
+_MODEL_PANEL, _ENGINE_PANEL = "Model", "Engine"
+_EPILOG = """
+Examples:
+
+  A TensorRT engine, with the ONNX model and the tokenizer beside it; no GPU needed with TensorRT-RTX:
+
+    hip-trt export --model meta-llama/Llama-3.1-8B-Instruct --allow-download --out build/engine.plan
+
+  Only the ONNX model, from a local folder or GGUF file, in float32 for ONNX Runtime on the CPU:
+
+    hip-trt export --model ./SmolLM2-135M-Instruct --out build/model.onnx --dtype float32
+
+  An engine from an ONNX model that is there already, for two kinds of GPU:
+
+    hip-trt export --model build/model.onnx --out build/engine.plan --compute-capability 8.9 --compute-capability 12.0
+
+  A larger budget, and two layers dense:
+
+    hip-trt export --model ./model --out build/engine.plan --mask-k 2048 --dense-layers 0,1
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command(epilog=_EPILOG)(with_config_options(export))
+
+
+def export(
+    *,
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL", rich_help_panel=_MODEL_PANEL,
+            help="A Hugging Face folder, a .gguf file, a hub id, or an .onnx file exported before.",
+        ),
+    ],
+    to: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="FILE", rich_help_panel=_MODEL_PANEL,
+            help=f"A .plan builds an engine, with {_ONNX_NAME} and the tokenizer beside it; an .onnx stops there.",
+        ),
+    ],
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="float16|bfloat16|float32", rich_help_panel=_MODEL_PANEL, show_default="the checkpoint's own",
+            help="Type of weights, activations and KV cache.",
+        ),
+    ] = None,
+    logits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="last|all", rich_help_panel=_MODEL_PANEL, show_default="last",
+            help="Compute logits for the last token of each sequence, or for all.",
+        ),
+    ] = None,
+    allow_download: Annotated[
+        bool,
+        typer.Option(
+            "--allow-download", rich_help_panel=_MODEL_PANEL,
+            help="Fetch a hub id that is not in the local Hugging Face cache.",
+        ),
+    ] = False,
+    runtime: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|tensorrt|tensorrt-rtx", rich_help_panel=_ENGINE_PANEL,
+            help="Which TensorRT builds the engine, and will run it. auto: tensorrt if it is installed and there is a "
+            "GPU, else tensorrt-rtx, which builds without one.",
+        ),
+    ] = "auto",
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="X.Y", rich_help_panel=_ENGINE_PANEL, show_default="all that TensorRT-RTX supports",
+            help="Build for GPUs of this compute capability, such as 8.9; may be given several times.",
+        ),
+    ] = None,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=_ENGINE_PANEL, show_default="4", help="Most sequences per call."),
+    ] = None,
+    max_prefill: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=_ENGINE_PANEL, show_default="2048",
+            help="Most new tokens per sequence and call; longer prompts are split.",
+        ),
+    ] = None,
+    max_seq_len: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=_ENGINE_PANEL, show_default="the model's context length",
+            help="Most tokens per sequence, prompt and generated together.",
+        ),
+    ] = None,
+    max_pages: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=_ENGINE_PANEL, show_default="enough for every sequence at its longest",
+            help="Most pages in the KV pool.",
+        ),
+    ] = None,
+    verbose: Verbose = False,
+    config_file: Path | None,
+    fields: dict[str, Any],
+) -> None:
+    """Export a Llama-family model with HiP attention to ONNX, and build a TensorRT engine.
+
+    Nothing is retrained. Results appear when all is done: a failure or Ctrl-C leaves what was there before.
+    """
+    from hip_trt.progress import Steps
+
+    set_verbose(verbose)
+    steps = Steps()
+    exported = Path(model)
+    is_onnx, wants_plan = exported.suffix == ".onnx", to.suffix in (".plan", ".engine")
+    if not wants_plan and to.suffix != ".onnx":
+        raise ExportError(f"--out {to}: must end in .plan, for an engine, or .onnx.")
+    if is_onnx:
+        _refuse_model_options(exported, to, dtype=dtype, logits=logits, config=config_file, **fields)
+    build = _engine_builder(runtime, compute_capability or []) if wants_plan else None
+    if not is_onnx:
+        from hip_trt.export import export_onnx
+
+        exported = to.parent / _ONNX_NAME if wants_plan else to
+        export_onnx(
+            model, exported, config=resolve_config(config_file, fields), dtype=dtype,
+            logits=logits or "last", allow_download=allow_download, steps=steps,
+        )
+        out().print(f"{exported}: ONNX, for any runtime", soft_wrap=True, highlight=False, markup=False)
+    if build is not None:
+        sidecar = build(
+            exported, to, max_batch=max_batch, max_prefill=max_prefill, max_seq_len=max_seq_len, max_pages=max_pages,
+            steps=steps,
+        )
+        _report_engine(to, sidecar)
+
+
+def _refuse_model_options(model: Path, to: Path, **options: Any) -> None:
+    """What was decided when an .onnx was exported cannot be changed afterwards."""
+    if to.suffix == ".onnx":
+        raise ExportError(f"--model {model}: exported already.", "Name a .plan with --out to build its engine.")
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ExportError(
+            f"--{given[0].replace('_', '-')}: cannot be changed in {model}, which is exported already.",
+            "Name the checkpoint with --model to export it anew.",
+        )
+
+
+def _engine_builder(runtime: str, compute_capabilities: list[str]) -> Callable[..., Sidecar]:
+    """:func:`build_engine` for a TensorRT and GPUs that are checked now, before the model's long export."""
+    from hip_trt import library
+    from hip_trt.export.engine import build_engine, resolve_compute_capabilities
+    from hip_trt.tensorrt_flavour import find_flavour
+
+    flavour = find_flavour(runtime)  # type: ignore[arg-type]  # it checks the name itself
+    targets = resolve_compute_capabilities(flavour, compute_capabilities)
+    flavour.load_plugin(library.plugin_path())
+    return functools.partial(build_engine, runtime=flavour, compute_capabilities=targets)
+
+
+def _report_engine(plan: Path, sidecar: Sidecar) -> None:
+    from hip_trt.files import format_size
+
+    limits = sidecar.limits
+    out().print(
+        f"{plan}: {sidecar.flavour} {sidecar.tensorrt_version} engine for GPUs of compute capability "
+        f"{', '.join(sidecar.compute_capabilities)}; {format_size(sidecar.plan.size)}; {len(sidecar.plugin_layers)} "
+        f"HipAttention plugin layers; up to {limits.max_batch} sequences of {limits.max_seq_len} tokens",
+        soft_wrap=True, highlight=False, markup=False,
+    )

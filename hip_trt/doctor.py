@@ -1,0 +1,191 @@
+"""Look at this machine and say what works, what is missing, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from hip_trt import library
+from hip_trt.errors import HipTrtError
+from hip_trt.files import format_size
+from hip_trt.gpu import Driver, cuda_driver
+from hip_trt.tensorrt_flavour import Flavour, find_flavour, install_command, installed
+
+Status = Literal["ok", "note", "problem"]
+
+_LEAST_PYTHON = (3, 11)
+_EXPORT_PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+_LOW_MEMORY = 4_000_000_000
+"""Bytes; a model of 135M parameters needs about half."""
+_LOW_DISK = 2_000_000_000
+
+
+class Check(BaseModel):
+    """One thing looked at.
+
+    Attributes:
+        status: "ok"; "note": something optional is missing, which limits what can be done here; "problem": models
+            cannot be exported.
+        found: what is there.
+        remedy: what to do about it; empty where nothing need be done.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    status: Status
+    found: str
+    remedy: str = ""
+
+
+class Diagnosis(BaseModel):
+    """All checks, in the order in which to read them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    checks: tuple[Check, ...]
+
+    @property
+    def can_export(self) -> bool:
+        """Whether the main job works here: from a checkpoint to an engine."""
+        return all(check.status != "problem" for check in self.checks)
+
+
+def diagnose(folder: str | Path = ".") -> Diagnosis:
+    """Run every check; none raises.
+
+    Args:
+        folder: where results would be written, for the free disk space.
+    """
+    driver = cuda_driver()
+    flavours, flavour_checks = _flavours(driver)
+    return Diagnosis(checks=(
+        _python(),
+        *(_package(name) for name in _EXPORT_PACKAGES),
+        *flavour_checks,
+        *_plugin(flavours),
+        *_gpus(driver, flavours),
+        _memory(),
+        _disk(Path(folder)),
+    ))
+
+
+def _python() -> Check:
+    least = ".".join(map(str, _LEAST_PYTHON))
+    if sys.version_info < _LEAST_PYTHON:
+        return Check(name="Python", status="problem", found=platform.python_version(), remedy=f"Use {least} or later.")
+    return Check(name="Python", status="ok", found=f"{platform.python_version()} ({sys.executable})")
+
+
+def _package(name: str) -> Check:
+    if importlib.util.find_spec(name) is None:
+        return Check(name=name, status="problem", found="not installed", remedy=f"pip install {name}")
+    return Check(name=name, status="ok", found=importlib.metadata.version(name))
+
+
+def _flavours(driver: Driver | None) -> tuple[list[Flavour], list[Check]]:
+    """The TensorRT flavours that work here, and what to say about both."""
+    found: list[Flavour] = []
+    checks: list[Check] = []
+    for name in ("tensorrt-rtx", "tensorrt"):
+        if name not in installed():
+            continue
+        try:
+            flavour = find_flavour(name)
+        except HipTrtError as error:
+            checks.append(Check(name=name, status="note", found=error.cause, remedy=error.remedy))
+            continue
+        if flavour.ahead_of_time:
+            where = f"builds, without a GPU, for {', '.join(map(str, flavour.compute_capabilities))}"
+        elif driver and driver.gpus:
+            where = f"builds for the GPU here, {driver.gpus[0].compute_capability}"
+        else:
+            checks.append(Check(
+                name=name, status="note", found=f"{flavour.version}; cannot build, as it needs a GPU",
+                remedy=f"To build without a GPU: {install_command('tensorrt-rtx')}",
+            ))
+            continue
+        found.append(flavour)
+        checks.append(Check(name=name, status="ok", found=f"{flavour.version}; {where}"))
+    if not found:
+        checks.append(Check(
+            name="TensorRT", status="problem", found="none that can build an engine here",
+            remedy=f"{install_command('tensorrt-rtx')}, which needs no GPU",
+        ))
+    return found, checks
+
+
+def _plugin(flavours: list[Flavour]) -> Iterator[Check]:
+    """The plugin library, and whether each TensorRT takes it."""
+    try:
+        path = library.plugin_path()
+        details = f"{library.version()} ({path})"
+    except HipTrtError as error:
+        yield Check(name="plugin", status="problem", found=error.cause, remedy=error.remedy)
+        return
+    for flavour in flavours:
+        try:
+            flavour.load_plugin(path)
+        except HipTrtError as error:
+            yield Check(name="plugin", status="problem", found=error.cause, remedy=error.remedy)
+            return
+    yield Check(name="plugin", status="ok", found=details)
+
+
+def _gpus(driver: Driver | None, flavours: list[Flavour]) -> Iterator[Check]:
+    """Each GPU, and whether an installed TensorRT runs on it. Exporting needs none, so nothing here is a problem."""
+    if driver is None:
+        yield Check(
+            name="GPU", status="note", found="no CUDA driver; engines can be built here, and run elsewhere",
+            remedy="Engines run on machines with an NVIDIA GPU and its driver; ONNX models run on the CPU.",
+        )
+        return
+    if not driver.gpus:
+        yield Check(
+            name="GPU", status="note", found=f"a driver for CUDA {driver.cuda}, and no GPU that it shows",
+            remedy="Look at nvidia-smi and at CUDA_VISIBLE_DEVICES.",
+        )
+    for gpu in driver.gpus:
+        capability = gpu.compute_capability
+        found = f"{gpu.name}, compute capability {capability}, {format_size(gpu.memory)}, driver for CUDA {driver.cuda}"
+        usable = [flavour.name for flavour in flavours if flavour.runs_on(capability)]
+        if usable:
+            yield Check(name=f"GPU {gpu.index}", status="ok", found=f"{found}; {' and '.join(usable)} can run on it")
+        else:
+            names = " or ".join(flavour.name for flavour in flavours) or "no TensorRT"
+            yield Check(
+                name=f"GPU {gpu.index}", status="note", found=f"{found}; {names} does not run on it",
+                remedy=f"To run engines here: {install_command('tensorrt')}",
+            )
+
+
+def _memory() -> Check:
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            size = int(line.split()[1]) * 1024
+    low = size < _LOW_MEMORY
+    return Check(
+        name="memory", status="note" if low else "ok", found=f"{format_size(size)} available",
+        remedy="Exporting takes up to 1.3 times the size of the weights, and at least 2 GB." if low else "",
+    )
+
+
+def _disk(folder: Path) -> Check:
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    low = free < _LOW_DISK
+    return Check(
+        name="disk", status="note" if low else "ok", found=f"{format_size(free)} free in {folder.resolve()}",
+        remedy="An ONNX model and an engine each take the size of the weights." if low else "",
+    )
