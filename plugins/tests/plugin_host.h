@@ -1,0 +1,64 @@
+// The plugin, loaded as TensorRT loads it, and one layer's geometry.
+#pragma once
+
+#include "hip_attention.h"
+#include "plugin_host_trt.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+//! The loaded library.
+struct Library
+{
+    nvinfer1::IPluginCreatorV3One* creator;
+    decltype(&hipTrtVersion) version;
+    decltype(&hipTrtWorkspaceSize) workspaceSize;
+};
+
+//! A plugin and its three capabilities.
+struct Plugin
+{
+    explicit Plugin(nvinfer1::IPluginV3* owned);
+
+    std::unique_ptr<nvinfer1::IPluginV3> plugin;
+    nvinfer1::IPluginV3OneCore* core{nullptr};
+    nvinfer1::IPluginV3OneBuild* build{nullptr};
+    nvinfer1::IPluginV3OneRuntime* runtime{nullptr};
+};
+
+constexpr int kINPUTS = 10;
+constexpr int kOUTPUTS = 4;
+
+//! Sizes of one layer and call, and its tensors as TensorRT describes them.
+struct Geometry
+{
+    int64_t batch{2};
+    int64_t newTokens{5};
+    int64_t queryHeads{4};
+    int64_t kvHeads{2};
+    int64_t headDim{64};
+    int64_t pages{7};
+    int64_t pageSlots{3};
+    int64_t pageSize{16};
+    int64_t masks{2};
+    int64_t nodes{4};
+    nvinfer1::DataType type{nvinfer1::DataType::kFLOAT};
+
+    //! Shapes of inputs, then of outputs.
+    std::vector<std::vector<int64_t>> shapes() const;
+    //! Types of inputs, then of outputs.
+    std::vector<nvinfer1::DataType> types() const;
+    std::vector<nvinfer1::PluginTensorDesc> tensors() const;
+    //! With batch, new tokens, pages and page slots dynamic, from 1 to these.
+    std::vector<nvinfer1::DynamicPluginTensorDesc> dynamicTensors() const;
+};
+
+//! The attributes of a layer for Geometry{}.
+HostFields goodFields();
+
+//! Drive everything that needs no GPU.
+void checkInterfaces(Library const& library, HostLogger& logger);
+
+//! Run the layer on the first GPU, and compare with attention computed here.
+void checkEnqueue(Library const& library, HostLogger& logger);
