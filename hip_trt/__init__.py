@@ -5,14 +5,19 @@ Example:
     >>> generator = hip_trt.load("build/model.onnx")                              # doctest: +SKIP
     >>> generator.generate("The capital of France is", max_new_tokens=8)[0].text  # doctest: +SKIP
     ' Paris. ...'
+
+Or in eager mode, with any Hugging Face Llama:
+    >>> model = hip_trt.patch(LlamaForCausalLM.from_pretrained("..."))            # doctest: +SKIP
+    >>> model.generate(**inputs)                                                  # doctest: +SKIP
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hip_trt.huggingface import patch, unpatch
     from hip_trt.runtime import load
 
-__all__ = ["load"]
+__all__ = ["load", "patch", "unpatch"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from hip_trt.runtime import load
 
         return load
+    if name in ("patch", "unpatch"):
+        from hip_trt import huggingface
+
+        return getattr(huggingface, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

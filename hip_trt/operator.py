@@ -65,8 +65,7 @@ def attributes(config: HipConfig, *, scale: float, layer: int | None = None) -> 
         scale: factor on q·k, usually head_dim ** -0.5.
         layer: index of the decoder layer, which decides ``dense``; None is not dense.
     """
-    fields = config.model_dump()
-    values: dict[str, int | float | str] = {name: fields[name] for name in INT_ATTRIBUTES if name != "dense"}
+    values: dict[str, int | float | str] = {name: getattr(config, name) for name in INT_ATTRIBUTES if name != "dense"}
     values["dense"] = int(layer in config.dense_layers)
     values["mask_heads"] = config.mask_heads
     values["scale"] = float(scale)

@@ -1,0 +1,175 @@
+"""HiP in a Hugging Face model, through transformers' attention interface; no model code is copied.
+
+A hook on the model's decoder stack gives each call a :class:`HipCache`; its layers travel to the attention function as
+a keyword argument, and the function calls ``torch.ops.hip_trt.attention_``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import causal_mask_function
+
+from hip_trt.config import HipConfig
+from hip_trt.errors import CheckpointError, ConfigError, RuntimeInputError
+from hip_trt.huggingface.cache import HipCache
+
+ATTENTION = "hip_trt"
+"""The attention implementation's name in transformers."""
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_patched: WeakKeyDictionary[nn.Module, tuple[str, RemovableHandle]] = WeakKeyDictionary()
+
+
+def patch(model: Model, config: HipConfig | None = None) -> Model:
+    """Run a model's attention with HiP: through the reference on the CPU, the CUDA kernels on a GPU.
+
+    ``model(...)`` and ``model.generate(...)`` work as before: greedy, sampling and beam search, batches padded on
+    either side, chunked prefill, use_cache or not, ``torch.compile`` and ``torch.export``. Calls with one new token are
+    decode steps. Padding is left out of attention and cache; in later calls, only the mask's columns for the new tokens
+    are read.
+
+    Args:
+        model: a Llama, or another decoder-only model whose layers all use causal full attention through transformers'
+            attention interface. Changed in place.
+        config: pruning; the defaults if None. A model that is patched already takes the new one.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: naming what the model has that HiP does not do: sliding windows, chunked attention,
+            soft-capping, attention that is not causal, an encoder.
+        ConfigError: if a dense layer is beyond the model's last.
+        RuntimeInputError: later, from a call that asks for attention weights, dropout, a 4-D mask, packed sequences,
+            or brings another kind of cache.
+    """
+    config = config or HipConfig.create()
+    _check_model(model)
+    assert isinstance(model, PreTrainedModel)
+    layers = model.config.num_hidden_layers
+    if config.dense_layers and config.dense_layers[-1] >= layers:
+        raise ConfigError(
+            f"dense_layers: {config.dense_layers[-1]} is not allowed; it must be below {layers}, the model's layers"
+        )
+    unpatch(model)
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, _new_rows_mask)
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION)
+    handle = model.base_model.register_forward_pre_hook(_give_cache(config), with_kwargs=True)
+    _patched[model] = implementation, handle
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Give a model its own attention back; nothing happens to one that is not patched."""
+    if model in _patched:
+        implementation, handle = _patched.pop(model)
+        handle.remove()
+        model.set_attn_implementation(implementation)  # type: ignore[operator]
+    return model
+
+
+def _check_model(model: nn.Module) -> None:
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel) or not model._supports_attention_backend:
+        raise CheckpointError(
+            f"{name} does not use transformers' attention interface.",
+            "Give a transformers model, such as LlamaForCausalLM.",
+        )
+    config: PreTrainedConfig = model.config
+    layer_types = getattr(config, "layer_types", None)
+    sliding_window = None if layer_types else getattr(config, "sliding_window", None)
+    for unsupported, what in (
+        (config.is_encoder_decoder, "is an encoder-decoder"),
+        (config.sub_configs, "is made of several models"),
+        (not getattr(config, "is_causal", True), "does not attend causally (is_causal false)"),
+        (set(layer_types or ()) - {"full_attention"}, f"mixes attention types (layer_types {layer_types})"),
+        (sliding_window is not None, f"has a sliding window (sliding_window {sliding_window})"),
+        (getattr(config, "attn_logit_softcapping", None) is not None, "caps logits (attn_logit_softcapping)"),
+    ):
+        if unsupported:
+            raise CheckpointError(
+                f"{name} {what}, which HiP does not support.",
+                "Patch a decoder-only model whose layers all use causal full attention, such as a Llama.",
+            )
+
+
+def _give_cache(config: HipConfig) -> Callable[..., Any]:
+    """The hook: calls get a HipCache, in place of the empty DynamicCache that generate() brings."""
+
+    def hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        model_config: Any = model.config
+        if kwargs.get("output_attentions") or (
+            kwargs.get("output_attentions") is None and getattr(model_config, "output_attentions", False)
+        ):
+            raise RuntimeInputError("output_attentions: HiP has no attention weights to give.", "Leave it out.")
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, HipCache):
+            if cache is not None and not (type(cache) is DynamicCache and cache.get_seq_length() == 0):
+                raise RuntimeInputError(
+                    f"past_key_values: a {type(cache).__name__} is not allowed.",
+                    "Leave it out, or give a hip_trt.huggingface.HipCache.",
+                )
+            use_cache = kwargs.get("use_cache")
+            keep = cache is not None or (model_config.use_cache if use_cache is None else use_cache)
+            cache = HipCache(model_config, config)
+            if keep:
+                kwargs["past_key_values"] = cache
+        kwargs["hip_cache"] = cache
+        return args[len(names):], kwargs
+
+    return hook
+
+
+def _new_rows_mask(
+    *, q_length: int, mask_function: Callable[..., Any], attention_mask: Tensor | None, **_: Any
+) -> Tensor | None:
+    """transformers' mask interface: which new tokens are valid, [B, S] bool; None if all are.
+
+    While tracing, contents are unknown: transformers allows for packed sequences always, and a mask is always used.
+    """
+    tracing = torch.compiler.is_compiling()
+    if mask_function is not causal_mask_function and not tracing:
+        raise RuntimeInputError(
+            "attention_mask: HiP attends causally to all earlier tokens; this call asks for another pattern.",
+            "Leave out packed sequences and mask functions.",
+        )
+    if attention_mask is None:
+        return None
+    valid = attention_mask[:, -q_length:]
+    return None if not tracing and bool(valid.all()) else valid
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    scaling: float | None = None, dropout: float = 0.0, hip_cache: HipCache | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: [B, S, Hq, D]; there are no weights."""
+    if hip_cache is None:
+        raise RuntimeInputError("attn_implementation: hip_trt was set by hand.", "Call hip_trt.patch(model).")
+    for unsupported, what in (
+        (dropout, "dropout"),
+        (attention_mask is not None and attention_mask.ndim != 2, "a 4-D attention_mask"),
+        (kwargs.get("sliding_window") is not None, "sliding_window"),
+        (kwargs.get("softcap") is not None, "softcap"),
+        (kwargs.get("s_aux") is not None, "attention sinks (s_aux)"),
+        (kwargs.get("position_bias") is not None, "position_bias"),
+        (not kwargs.get("is_causal", getattr(module, "is_causal", True)), "attention that is not causal"),
+        (key.shape != value.shape, "values of another shape than keys"),
+    ):
+        if unsupported:
+            raise RuntimeInputError(f"HiP does not support {what}.", "Leave it out, or unpatch the model.")
+    layer = hip_cache.layers[module.layer_idx]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return layer.attend(query, key, value, attention_mask, scale).transpose(1, 2), None
