@@ -1,8 +1,7 @@
-"""What must happen before any test module is imported."""
+"""Settings of the whole suite."""
 
 import os
 
-import torch
-
-if not torch.cuda.is_available():  # Triton kernels are then interpreted; triton reads this when it is first imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Tensors here are tiny, so threads cost more than they bring, and on a busy machine they spin while they wait for each
+# other. Set before torch starts its pool.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
