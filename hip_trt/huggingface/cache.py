@@ -9,8 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-import hip_trt.ops  # noqa: F401  (registers torch.ops.hip_trt)
-from hip_trt import operator
+from hip_trt import operator, ops  # noqa: F401  (importing ops registers torch.ops.hip_trt)
 from hip_trt.config import HipConfig
 from hip_trt.errors import RuntimeInputError
 
