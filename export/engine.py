@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,10 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from hip_trt import library, operator
-from hip_trt.errors import EngineError, EnvironmentProblem
+from hip_trt.errors import EngineError, EnvironmentProblem, ExportError
 from hip_trt.export.function import strip_function
+from hip_trt.export.onnx_export import SHARED_FILES
 from hip_trt.export.profiles import EngineLimits, graph_shapes, profiles
-from hip_trt.files import staging
+from hip_trt.files import Staging, require_space, staging
 from hip_trt.gpu import ComputeCapability, current_gpu
 from hip_trt.onnx_file import OnnxFile, read_onnx
 from hip_trt.progress import Steps
@@ -38,7 +41,8 @@ def build_engine(
 ) -> Sidecar:
     """Build ``out``, a TensorRT plan, and ``out``.json, its description (:class:`~hip_trt.sidecar.Sidecar`).
 
-    Both appear when all is done, and replace older ones then; a failure or an interrupt leaves what was there.
+    Both appear when all is done, and replace older ones then; a failure or an interrupt leaves what was there. In
+    another folder than the model's, its tokenizer and configuration are copied beside them.
     TensorRT-RTX needs no GPU; ``tensorrt`` builds for the GPU of this machine. TensorRT maps the weights into memory
     and writes the plan in pieces, so no second copy of either is held.
 
@@ -75,6 +79,7 @@ def build_engine(
     plugin = library.plugin_path()
     flavour.load_plugin(plugin)
     with staging(out.parent) as stage:
+        require_space(stage.path, sum(path.stat().st_size for path in source.data))  # a plan holds the weights
         build = _Build(flavour, source, limits, targets)
         with steps.step(f"Read the model into {flavour}"):
             build.parse()
@@ -82,10 +87,30 @@ def build_engine(
             plan = build.write_plan(file, out.name)
         with steps.step("Checksum the model", total=sum(path.stat().st_size for path in source.files)) as advance:
             model = tuple(FileRecord.of(path, advance) for path in source.files)
+        companions = _stage_companions(source.path.parent, stage)
         sidecar = build.describe(plan, model)
         (stage.path / sidecar_path(out).name).write_text(sidecar.model_dump_json(), encoding="utf-8")
-        stage.publish([out.name, sidecar_path(out).name])
+        stage.publish([*companions, out.name, sidecar_path(out).name])
     return sidecar
+
+
+def _stage_companions(folder: Path, stage: Staging) -> list[str]:
+    """Copy what a runtime needs beside a plan from the model's folder; names of the copies.
+
+    Raises:
+        ExportError: the plan's folder holds another model's.
+    """
+    if folder.resolve() == stage.target.resolve():
+        return []
+    names = [name for name in SHARED_FILES if (folder / name).is_file()]
+    for name in names:
+        other = stage.target / name
+        if other.exists() and not filecmp.cmp(folder / name, other, shallow=False):
+            raise ExportError(
+                f"{stage.target}: it holds a {name} other than the one in {folder}.", "Choose another folder for --out."
+            )
+        shutil.copyfile(folder / name, stage.path / name)
+    return names
 
 
 def resolve_compute_capabilities(

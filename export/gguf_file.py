@@ -78,7 +78,7 @@ def read_gguf(path: Path) -> GgufLlama:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its fields describe no Llama: {error}.") from None
     factors = stored.pop(_ROPE_FREQUENCIES, None)
-    file_types = {_ALL_F32: torch.float32, _MOSTLY_BF16: torch.bfloat16}
+    file_types: dict[Any, torch.dtype] = {_ALL_F32: torch.float32, _MOSTLY_BF16: torch.bfloat16}
     return GgufLlama(
         name=fields.get("general.name", path.stem),
         config=config,

@@ -64,11 +64,12 @@ class PagedCausalLM(nn.Module):
 
         def attention(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
             past_key, past_value, past_nodes = state[layer]
+            attributes: dict[str, Any] = {**operator.attributes(self.config, scale=scale, layer=layer)}
             output, *rest = torch.onnx.ops.symbolic_multi_out(
                 f"{operator.DOMAIN}::{operator.OP_TYPE}",
                 (query, key, value, past_key, past_value, page_table, past_lengths, query_lengths, past_nodes,
                  refresh_mask),
-                operator.attributes(self.config, scale=scale, layer=layer),
+                attributes,
                 dtypes=(query.dtype, past_key.dtype, past_value.dtype, past_nodes.dtype),
                 shapes=(query.shape, past_key.shape, past_value.shape, past_nodes.shape),
                 version=operator.OP_VERSION,
@@ -134,7 +135,8 @@ def parameter_shapes(family: Family, config: PreTrainedConfig) -> dict[str, tupl
 def buffers(family: Family, config: PreTrainedConfig) -> dict[str, Tensor]:
     """Name and value of the constants that the architecture computes from its configuration, such as inv_freq."""
     with init_empty_weights(include_buffers=False):
-        return dict(family.model_class(config).named_buffers())
+        model: nn.Module = family.model_class(config)
+    return dict(model.named_buffers())
 
 
 def trace(model_config: PreTrainedConfig, config: HipConfig, *, dtype: torch.dtype, logits: Logits,
@@ -249,7 +251,7 @@ def _example(model_config: PreTrainedConfig, config: HipConfig, dtype: torch.dty
         integers(1), state,
     )
     b, s, p, m = (torch.export.Dim(name) for name in (_BATCH, _SEQUENCE, _PAGES, _SLOTS))
-    dynamic = ({0: b, 1: s}, {0: b}, {0: b}, {0: b, 1: m}, {}, [({0: p}, {0: p}, {0: b}) for _ in state])
+    dynamic: Any = ({0: b, 1: s}, {0: b}, {0: b}, {0: b, 1: m}, {}, [({0: p}, {0: p}, {0: b}) for _ in state])
     return arguments, dynamic
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, filter_repo_objects
 
 from hip_trt.errors import CheckpointError
 from hip_trt.files import format_size
@@ -24,7 +24,7 @@ def looks_like_hub_id(text: str) -> bool:
 
 
 def fetch(hub_id: str, *, allow_download: bool, steps: Steps) -> Path:
-    """The folder of a hub model: its newest copy in the local cache, fetched first if it is not there and allowed.
+    """The folder of a hub model: its newest copy in the local cache, or fetched if it is not there and that is allowed.
 
     Raises:
         CheckpointError: it is not in the cache and may not be fetched, or fetching failed.
@@ -41,18 +41,16 @@ def fetch(hub_id: str, *, allow_download: bool, steps: Steps) -> Path:
             ) from None
     try:
         files = HfApi().model_info(hub_id, files_metadata=True).siblings or []
-        wanted = list(filter_repo_objects(
-            files, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, key=lambda file: file.rfilename
-        ))
-        size = sum(file.size or 0 for file in wanted)
-        with steps.step(f"Download {hub_id} ({len(wanted)} files, {format_size(size)})"):
-            disable_progress_bars()
-            try:
-                return Path(snapshot_download(hub_id, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
-            finally:
-                enable_progress_bars()
+        wanted = [file for file in files if _matches(file.rfilename, _WANTED) > _matches(file.rfilename, _UNWANTED)]
+        size = format_size(sum(file.size or 0 for file in wanted))
+        steps.note(f"Downloading {len(wanted)} files of {hub_id}, {size}, into the local Hugging Face cache.")
+        return Path(snapshot_download(hub_id, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except Exception as error:  # the hub's client raises errors of its HTTP library, which has changed before
         raise CheckpointError(
             f"{hub_id}: cannot be fetched from the Hugging Face hub ({' '.join(str(error).split())[:200]}).",
             "Check the name, the network and your access to the model (`hf auth login`).",
         ) from None
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)

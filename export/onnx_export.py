@@ -31,7 +31,8 @@ _DIGITS = 12
 _SPARE = 64_000_000  # bytes: graph, tokenizer and padding, generously
 _COMPUTED = re.compile(r".*rotary_emb\.inv_freq")  # follows from the configuration, though old checkpoints store it
 _HIP_CONFIG = "hip_config.yaml"
-_SHARED_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json")
+SHARED_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json")
+"""What stands beside an .onnx file or a .plan, once for all models of a folder."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def export_onnx(
         >>> exported.path                                                                    # doctest: +SKIP
         PosixPath('build/model/model.onnx')
     """
-    steps, config = steps or Steps(), config or HipConfig()
+    steps, config = steps or Steps(), config or HipConfig.create()
     _check_choice("dtype", dtype, (None, *get_args(DType)))
     _check_choice("logits", logits, get_args(Logits))
     out = Path(out)
@@ -170,8 +171,8 @@ def _save_side_files(checkpoint: Checkpoint, config: HipConfig, stage: Staging, 
     """
     checkpoint.config.to_json_file(stage.path / "config.json")
     checkpoint.generation_config().to_json_file(stage.path / "generation_config.json")
-    shared = [name for name in _SHARED_FILES if (stage.path / name).is_file()]
-    present = [name for name in _SHARED_FILES if (stage.target / name).exists()]
+    shared = [name for name in SHARED_FILES if (stage.path / name).is_file()]
+    present = [name for name in SHARED_FILES if (stage.target / name).exists()]
     if present and not any(stage.target.glob(f"*{_HIP_CONFIG}")):
         raise ExportError(
             f"{stage.target}: it holds a {present[0]} that hip-trt did not write.", "Choose another folder for --out."
@@ -191,7 +192,7 @@ def _save_side_files(checkpoint: Checkpoint, config: HipConfig, stage: Staging, 
 
 def _constants(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Buffers of the architecture, with RoPE's frequencies divided by what a GGUF file says."""
-    constants = buffers(checkpoint.family, checkpoint.config)
+    constants: dict[str, Tensor] = buffers(checkpoint.family, checkpoint.config)
     if checkpoint.frequency_factors is not None:
         for name in constants:
             if _COMPUTED.fullmatch(name):
@@ -236,7 +237,7 @@ def _data_name(stem: str, digits: str) -> str:
 
 def _obsolete(stem: str) -> re.Pattern[str]:
     """Names of what an earlier export of this name may have left: its weights, and tokenizer files of other kinds."""
-    names = [re.escape(_data_name(stem, "#")).replace("\\#", f"[0-9a-f]{{{_DIGITS}}}"), *map(re.escape, _SHARED_FILES)]
+    names = [re.escape(_data_name(stem, "#")).replace("\\#", f"[0-9a-f]{{{_DIGITS}}}"), *map(re.escape, SHARED_FILES)]
     return re.compile("|".join(names))
 
 

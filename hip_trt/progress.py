@@ -48,6 +48,10 @@ class Steps:
         if self._console.is_terminal:
             self._console.print(f"[green]✓[/] {title} [dim]{elapsed:.1f} s[/]", highlight=False)
 
+    def note(self, message: str) -> None:
+        """Print one line that the user should see, on a terminal or not."""
+        self._console.print(message, highlight=False, soft_wrap=True, markup=False)
+
     def warn(self, message: str) -> None:
         """Print one warning line, on a terminal or not."""
         self._console.print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
