@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hip_trt.huggingface import patch, unpatch
-    from hip_trt.runtime.load import load
+    from hip_trt.runtime import load
 
 __all__ = ["load", "patch", "unpatch"]
 

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LlamaForCausalLM
 from hip_trt import operator as names
 from hip_trt.config import HipConfig
 from hip_trt.errors import EnvironmentProblem, RuntimeInputError
+from hip_trt.evaluate import perplexity
 from hip_trt.runtime import Generator, KVState, Limits, Session
 from hip_trt.runtime.pages import PageAllocator, check_page_table
 from hip_trt.runtime.text import TextStreamer
@@ -462,6 +463,14 @@ def test_perplexity_equals_transformers(model: LlamaForCausalLM) -> None:
     for skip in (0, 15, 16, 30):
         loss = torch.nn.functional.cross_entropy(logits[0, skip:-1], tokens[0, skip + 1 :])
         assert generator.perplexity(tokens[0].tolist(), skip=skip) == pytest.approx(float(loss.exp()), rel=1e-5)
+
+
+def test_dense_perplexity_counts_the_same_predictions(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perplexity, "_CHUNK", 16)
+    generator = Generator(OracleExecutor(model, DENSE, logits="all"))
+    for skip in (0, 17):
+        expected = generator.perplexity(prompt(60), skip=skip)
+        assert perplexity.dense_perplexity(model, prompt(60), skip=skip) == pytest.approx(expected, rel=1e-5)
 
 
 def test_perplexity_errors(model: LlamaForCausalLM) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,21 +15,21 @@ from typing import Any
 import pytest
 import torch
 from oracle import OracleExecutor, tiny_llama
+from tiny_plan import LIMITS, sidecar, write_plan
 
 from hip_trt import operator as names
 from hip_trt.config import HipConfig
 from hip_trt.errors import EngineError, EnvironmentProblem
-from hip_trt.runtime import Generator, Limits, Session
+from hip_trt.runtime import Generator, Session
 from hip_trt.runtime import tensorrt as executor_module
 from hip_trt.runtime.tensorrt import TensorRTExecutor
-from hip_trt.sidecar import FileRecord, ProfileRecord, Sidecar, sidecar_path
+from hip_trt.sidecar import sidecar_path
 from hip_trt.tensorrt_flavour import MessageLog
 
 HIP = HipConfig.create(
     mask_k=16, decode_mask_k=16, block_q=8, block_k=4, stride_q=4, page_size=8, sink_tokens=4, window_tokens=8,
     branch=2, leaf_branch=2, refresh_interval=3,
 )
-LIMITS = Limits(max_batch=3, max_prefill=16, max_seq_len=128, max_pages=32)
 
 
 class FakeContext:
@@ -160,18 +159,6 @@ class Recording(TensorRTExecutor):
         super().run(inputs, outputs)
 
 
-def sidecar(oracle: OracleExecutor, **changes: Any) -> Sidecar:
-    record = FileRecord(name="engine.plan", size=4, sha256="0")
-    fields: dict[str, Any] = {
-        "plan": record, "model": (record.model_copy(update={"name": "model.onnx"}),), "spec": oracle.spec,
-        "limits": LIMITS, "inputs": (), "outputs": (), "layers": {}, "plugin_layers": (), "flavour": "tensorrt",
-        "profiles": (ProfileRecord(name="prefill", shapes={}), ProfileRecord(name="decode", shapes={})),
-        "tensorrt_version": "10.99", "compute_capabilities": ("9.0",), "plugin_version": "0.1.0",
-        "hip_trt_version": "0.1.0", "created": datetime.now(UTC),
-    }
-    return Sidecar(**{**fields, **changes})
-
-
 @pytest.fixture(scope="module")
 def oracle() -> OracleExecutor:
     return OracleExecutor(tiny_llama(), HIP, limits=LIMITS)
@@ -182,7 +169,7 @@ def make(oracle: OracleExecutor, *, cuda_graphs: bool = True) -> tuple[Recording
     engine = FakeEngine(oracle, stream)
     flavour: Any = FakeFlavour(engine.log)
     executor = Recording(
-        engine, flavour, sidecar(oracle), device=torch.device("cpu"), stream=stream, cuda_graphs=cuda_graphs
+        engine, flavour, sidecar(oracle.spec), device=torch.device("cpu"), stream=stream, cuda_graphs=cuda_graphs
     )
     return executor, engine, stream
 
@@ -276,24 +263,17 @@ def test_no_context(oracle: OracleExecutor) -> None:
     engine.no_context = True
     flavour: Any = FakeFlavour(engine.log)
     with pytest.raises(EngineError, match="no execution context"):
-        TensorRTExecutor(engine, flavour, sidecar(oracle), device=torch.device("cpu"), stream=stream)
-
-
-def write_plan(folder: Path, oracle: OracleExecutor, **changes: Any) -> Path:
-    plan = folder / "engine.plan"
-    plan.write_bytes(b"plan")
-    sidecar_path(plan).write_text(sidecar(oracle, plan=FileRecord.of(plan), **changes).model_dump_json())
-    return plan
+        TensorRTExecutor(engine, flavour, sidecar(oracle.spec), device=torch.device("cpu"), stream=stream)
 
 
 def test_plan_without_a_gpu(oracle: OracleExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor_module, "current_gpu", lambda: None)
     with pytest.raises(EnvironmentProblem, match=r"needs a GPU \(9.0\).*hip-trt run .*model.onnx"):
-        TensorRTExecutor.load(write_plan(tmp_path, oracle))
+        TensorRTExecutor.load(write_plan(tmp_path, oracle.spec))
 
 
 def test_damaged_plan(oracle: OracleExecutor, tmp_path: Path) -> None:
-    plan = write_plan(tmp_path, oracle)
+    plan = write_plan(tmp_path, oracle.spec)
     plan.write_bytes(b"plaN")
     with pytest.raises(EngineError, match="damaged"):
         TensorRTExecutor.load(plan)

@@ -9,7 +9,7 @@ Example:
 
 from hip_trt.runtime.executor import Executor, Limits
 from hip_trt.runtime.generator import Chat, Generation, Generator, Stats, Step, Stream
-from hip_trt.runtime.load import load
+from hip_trt.runtime.loading import load
 from hip_trt.runtime.session import Chunk, Session
 from hip_trt.runtime.state import KVState
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from transformers import GenerationConfig
 
 from hip_trt.errors import EnvironmentProblem, RuntimeInputError
+from hip_trt.evaluate.likelihood import LogLikelihood
 from hip_trt.runtime.executor import Executor
 from hip_trt.runtime.sampling import Sampler, sampling_config
 from hip_trt.runtime.session import Session
@@ -357,7 +357,7 @@ class Generator:
 
         Args:
             text: text or token ids, two tokens at least.
-            skip: leave out the first tokens' likelihoods, as where only predictions with a long context count.
+            skip: leave out the first predictions, as where only those with a long context count.
 
         Raises:
             RuntimeInputError: if the model was exported with the logits of the last token only, or the text is too
@@ -369,21 +369,11 @@ class Generator:
                 "Perplexity needs the logits of every token; this model gives the last one's.",
                 "Export it with --logits all.",
             )
-        if len(tokens) < skip + 2:
-            raise RuntimeInputError(
-                f"The text has {len(tokens)} tokens, too few for perplexity with skip {skip}.",
-                f"Give {skip + 2} tokens or more.",
-            )
+        likelihood = LogLikelihood(tokens, skip=skip)
         _check_room([tokens], 0, self.max_seq_len)
-        session = self._session_for([len(tokens)])
-        total = 0.0
-        for chunk in session.prefill([tokens]):
-            start, count = chunk.starts[0], chunk.counts[0]
-            targets = torch.tensor(tokens[start + 1 : start + count + 1], device=self.executor.device)
-            losses = torch.nn.functional.cross_entropy(chunk.logits[0, : len(targets)], targets, reduction="none")
-            total += float(losses[max(0, skip - start) :].double().sum())
-        mean = torch.tensor(total / (len(tokens) - 1 - skip), dtype=torch.float64)
-        return float(mean.exp())
+        for chunk in self._session_for([len(tokens)]).prefill([tokens]):
+            likelihood.add(chunk.logits[0, : chunk.counts[0]], chunk.starts[0])
+        return likelihood.perplexity
 
     def chat(self, system: str | None = None, *, max_seq_len: int | None = None) -> Chat:
         """A conversation with its own session; see :class:`Chat`."""

@@ -50,7 +50,7 @@ class CudaStream:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @property
     def handle(self) -> int:
@@ -139,7 +139,7 @@ class TensorRTExecutor:
         sidecar.require_environment(flavour=flavour, plugin_version=library.version(), gpu=gpu)
         flavour.load_plugin(library.plugin_path())
         device = torch.device("cuda", 0)
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         with flavour.messages() as log, open(path, "rb") as file:
             runtime = flavour.module.Runtime(flavour.logger)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
