@@ -3,6 +3,7 @@
 
 #include "kernels.cuh"
 #include "plan.cuh"
+#include "prefill_sm90.cuh"
 #include "validation.cuh"
 
 #include <cuda_bf16.h>
@@ -23,17 +24,48 @@ namespace
 
 thread_local cudaError_t last_error = cudaSuccess;
 
+// The build defines HIP_TRT_HOPPER where it compiles the kernels that only sm_90a can run.
+template <typename T, int D>
+cudaError_t search(const Call& call, cudaStream_t stream)
+{
+#ifdef HIP_TRT_HOPPER
+    if constexpr (sizeof(T) == 2)
+    {
+        if (searchesOnHopper(call))
+        {
+            return searchPrefillSm90<T, D>(call, stream);
+        }
+    }
+#endif
+    return searchMasks<T, D>(call, stream);
+}
+
+template <typename T, int D>
+cudaError_t attendChosen(const Call& call, cudaStream_t stream)
+{
+#ifdef HIP_TRT_HOPPER
+    if constexpr (sizeof(T) == 2)
+    {
+        if (attendsOnHopper(call))
+        {
+            return attendPrefillSm90<T, D>(call, stream);
+        }
+    }
+#endif
+    return attend<T, D>(call, stream);
+}
+
 template <typename T, int D>
 cudaError_t run(const Call& call, cudaStream_t stream)
 {
     cudaError_t error = updateCache(call, stream);
     if (error == cudaSuccess)
     {
-        error = searchMasks<T, D>(call, stream);
+        error = search<T, D>(call, stream);
     }
     if (error == cudaSuccess)
     {
-        error = attend<T, D>(call, stream);
+        error = attendChosen<T, D>(call, stream);
     }
     return error;
 }

@@ -13,14 +13,14 @@
 namespace hip_trt
 {
 
-template <typename T, int D>
-struct MaskSearch
+// What is the same however nodes are scored. Scorer, which derives from this, adds
+//   int queryCapacity(): sampled queries that are scored at once,
+//   void loadQueries(int first): make those from `first` on ready; ends with a barrier,
+//   void scoreNodes(const NodeList&, int level, bool accumulate): fill `scores`, as block_scores of tree.py; with
+//       accumulate keep what is larger there.
+template <typename Scorer>
+struct MaskSearchSteps
 {
-    // Tokens that a warp scores at once, 16 per set of left rows.
-    static constexpr int kLefts = sizeof(T) == 2 ? 2 : 1;
-    static constexpr int kTokens = 16 * kLefts;
-    static constexpr int kTileElements = kTokens * kTileStride<T, D>;
-
     const Call& call;
     const int b;
     const int mask;
@@ -32,19 +32,17 @@ struct MaskSearch
     const int lane;
     const int warps;
 
-    T* queries;       // shared, [kSearchQueries or fewer][kTileStride]
-    T* tile;          // shared, this warp's [kTokens][kTileStride]
     uint32_t* scores; // [candidate_capacity] ordered keys
     int* kept;        // [kept_capacity], the nodes to expand
     int* next_kept;   // likewise
 
-    int sampled;        // sampled rows of one query head
-    int sampled_first;  // the first of them, in the query block
-    int total_queries;  // of all query heads of the mask head
-    int loaded_queries; // rows of `queries`
-    int first_loaded;   // which query is its row 0; -1: not loaded
+    int sampled;           // sampled rows of one query head
+    int sampled_first;     // the first of them, in the query block
+    int total_queries;     // of all query heads of the mask head
+    int first_loaded = -1; // the query that loadQueries made ready first; -1: none
 
-    __device__ MaskSearch(const Call& call, int b, int mask, int block, char* memory)
+    // `lists`: room for searchListBytes, in shared or global memory.
+    __device__ MaskSearchSteps(const Call& call, int b, int mask, int block, char* lists)
         : call(call)
         , b(b)
         , mask(mask)
@@ -56,19 +54,17 @@ struct MaskSearch
         , lane(threadIdx.x % kWarpSize)
         , warps(blockDim.x / kWarpSize)
     {
-        queries = reinterpret_cast<T*>(memory);
-        loaded_queries = searchQueryRows(call.config, call.shape);
-        first_loaded = -1;
-        tile = queries + loaded_queries * kTileStride<T, D> + warp * kTileElements;
-        char* lists = call.search_lists == nullptr
-            ? reinterpret_cast<char*>(queries + loaded_queries * kTileStride<T, D> + warps * kTileElements)
-            : call.search_lists + blockIdx.x * searchListBytes(call.candidate_capacity, call.kept_capacity);
         scores = reinterpret_cast<uint32_t*>(lists);
         kept = reinterpret_cast<int*>(scores + call.candidate_capacity);
         next_kept = kept + call.kept_capacity;
         sampled = (rows.rows + call.config.stride_q - 1) / call.config.stride_q;
         sampled_first = (rows.rows - 1) % call.config.stride_q;
         total_queries = call.heads_per_mask * sampled;
+    }
+
+    __device__ __forceinline__ Scorer& self()
+    {
+        return static_cast<Scorer&>(*this);
     }
 
     __device__ void run()
@@ -156,13 +152,13 @@ struct MaskSearch
     // Score nodes and leave the best in `kept`, ascending; returns how many.
     __device__ __forceinline__ int keepBest(const NodeList& nodes, int level)
     {
-        for (int first = 0; first < total_queries; first += loaded_queries)
+        for (int first = 0; first < total_queries; first += self().queryCapacity())
         {
             if (first != first_loaded)
             {
-                loadQueries(first);
+                self().loadQueries(first);
             }
-            scoreNodes(nodes, level, first > 0);
+            self().scoreNodes(nodes, level, first > 0);
         }
         __syncthreads();
         int* best = next_kept;
@@ -213,17 +209,72 @@ struct MaskSearch
         return (static_cast<int64_t>(b) * call.shape.num_query_heads + head) * call.shape.new_tokens + row;
     }
 
+    // to[0 .. size) = from[0 .. count), then -1. Either may be the other; `to` may be nullptr.
+    __device__ void writeNodes(int32_t* to, const int32_t* from, int count, int size)
+    {
+        for (int i = threadIdx.x; to != nullptr && i < size; i += blockDim.x)
+        {
+            to[i] = i < count ? from[i] : -1;
+        }
+    }
+};
+
+// Scores on the matrix units of every supported GPU, or in plain float arithmetic.
+template <typename T, int D>
+struct MaskSearch : MaskSearchSteps<MaskSearch<T, D>>
+{
+    using Steps = MaskSearchSteps<MaskSearch>;
+    using Steps::cache;
+    using Steps::call;
+    using Steps::lane;
+    using Steps::scores;
+    using Steps::total_queries;
+    using Steps::tree;
+    using Steps::warp;
+    using Steps::warps;
+
+    // Tokens that a warp scores at once, 16 per set of left rows.
+    static constexpr int kLefts = sizeof(T) == 2 ? 2 : 1;
+    static constexpr int kTokens = 16 * kLefts;
+    static constexpr int kTileElements = kTokens * kTileStride<T, D>;
+
+    T* queries;         // shared, [loaded_queries][kTileStride]
+    T* tile;            // shared, this warp's [kTokens][kTileStride]
+    int loaded_queries; // rows of `queries`
+
+    __device__ MaskSearch(const Call& call, int b, int mask, int block, char* memory)
+        : Steps(call, b, mask, block, listMemory(call, memory))
+    {
+        loaded_queries = searchQueryRows(call.config, call.shape);
+        queries = reinterpret_cast<T*>(memory);
+        tile = queries + loaded_queries * kTileStride<T, D> + warp * kTileElements;
+    }
+
+    // The lists follow the tiles, or stand in the workspace.
+    static __device__ char* listMemory(const Call& call, char* memory)
+    {
+        const int rows = searchQueryRows(call.config, call.shape) + blockDim.x / kWarpSize * kTokens;
+        return call.search_lists == nullptr
+            ? memory + rows * kTileStride<T, D> * sizeof(T)
+            : call.search_lists + blockIdx.x * searchListBytes(call.candidate_capacity, call.kept_capacity);
+    }
+
+    __device__ int queryCapacity() const
+    {
+        return loaded_queries;
+    }
+
     // Fill `queries`, which stays as it is over all levels if all queries fit. Begins and ends with a barrier.
     __device__ __forceinline__ void loadQueries(int first)
     {
         __syncthreads();
-        first_loaded = first;
+        this->first_loaded = first;
         for (int start = 16 * warp; start < loaded_queries; start += 16 * warps)
         {
             // The last query again where there are no more: the largest score stays the same.
             const int index = min(first + start + lane % 16, total_queries - 1);
             copyRowsAsync<T, D, 16>(
-                queries + start * kTileStride<T, D>, call.query, queryRow(index), call.row_bytes);
+                queries + start * kTileStride<T, D>, call.query, this->queryRow(index), call.row_bytes);
         }
         commitCopies();
         waitCopies<0>();
@@ -343,15 +394,6 @@ struct MaskSearch
             }
         }
         return largest;
-    }
-
-    // to[0 .. size) = from[0 .. count), then -1. Either may be the other; `to` may be nullptr.
-    __device__ void writeNodes(int32_t* to, const int32_t* from, int count, int size)
-    {
-        for (int i = threadIdx.x; to != nullptr && i < size; i += blockDim.x)
-        {
-            to[i] = i < count ? from[i] : -1;
-        }
     }
 };
 
