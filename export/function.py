@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, build_function
 
 from hip_trt.errors import ExportError
+from hip_trt.export.function_attention import Attention
 from hip_trt.export.function_cache import Pages, append, new_rows
 from hip_trt.export.function_ops import (
     FLOAT,
@@ -26,9 +27,8 @@ from hip_trt.export.function_ops import (
     shape,
     subgraph,
     tensor,
-    typed,
 )
-from hip_trt.export.function_search import Candidates, Search, sampled_queries, tree_levels
+from hip_trt.export.function_search import tree_levels
 from hip_trt.operator import DOMAIN, INPUTS, INT_ATTRIBUTES, OP_TYPE, OP_VERSION, OUTPUTS
 
 OPSET_VERSIONS = range(18, 24)
@@ -140,9 +140,9 @@ def _trace(
         decode = op.Equal(new_tokens, 1)
         may_reuse = op.And(decode, op.Equal(op.Squeeze(refresh_mask, [0]), 0))
         mask_k = op.Where(decode, attributes["decode_mask_k"], attributes["mask_k"])
-        layer = _Layer(
-            attributes=attributes, scale=scale, pages=pages, keys=keys, values=values, budget=mask_k / block_k,
-            past_lengths=past_lengths, query_lengths=query_lengths, past_nodes=nodes, may_reuse=may_reuse,
+        attention = Attention(
+            attributes=attributes, scale=scale, budget=mask_k / block_k, past_lengths=past_lengths,
+            query_lengths=query_lengths, past_nodes=nodes, may_reuse=may_reuse, keys=keys, values=values, pages=pages,
             levels=tree_levels(op, attributes["branch"], attributes["leaf_branch"]),
         )
 
@@ -155,7 +155,7 @@ def _trace(
         outputs, kept = op.Scan(
             arange(op, count), query_blocks, num_scan_inputs=2, _outputs=2,
             body=subgraph(
-                op, "query_block", layer.query_block,
+                op, "query_block", attention.query_block,
                 [tensor("index", INT64, 0), tensor("queries", FLOAT, 5)],
                 [tensor("attended", FLOAT, 5), tensor("kept", INT64, 3)],
             ),
@@ -176,106 +176,3 @@ def _trace(
         idle = op.Reshape(op.Equal(query_lengths, 0), [-1, 1, 1])
         present_nodes = op.CastLike(op.Where(idle, nodes, kept), past_nodes)
     return output, present_key, present_value, present_nodes
-
-
-class _Layer:
-    """What every query block of a call shares; :meth:`query_block` is the body of the loop over them."""
-
-    def __init__(
-        self, *, attributes: dict[str, Value], scale: Value, pages: Pages, keys: Value, values: Value, budget: Value,
-        past_lengths: Value, query_lengths: Value, past_nodes: Value, may_reuse: Value, levels: Value,
-    ) -> None:
-        self.attributes, self.scale, self.budget, self.levels = attributes, scale, budget, levels
-        self.pages, self.keys, self.values = pages, keys, values
-        self.past_lengths, self.query_lengths = past_lengths, query_lengths
-        self.past_nodes, self.may_reuse = past_nodes, may_reuse
-
-    def query_block(self, op: OpBuilder, index: Value, queries: Value) -> tuple[Value, Value]:
-        """Attention of the query blocks with one index, of all sequences.
-
-        Args:
-            index: scalar.
-            queries: [B, Hm, G, R, D] float32.
-
-        Returns:
-            [B, Hm, G, R, D] float32, rows that are not valid 0, and the nodes for present_nodes, [B, Hm, K].
-        """
-        attributes, block_k = self.attributes, self.pages.block_k
-        width = dim(op, queries, 3)
-        p_first = self.past_lengths + index * width  # [B]
-        valid_rows = op.Min(self.query_lengths - index * width, width)
-        active = op.Greater(valid_rows, 0)
-        last_row = op.Max(valid_rows, 1) - 1
-        p_last = p_first + last_row
-
-        window = op.Max(p_first - attributes["window_tokens"] + 1, 0) / block_k
-        sink = op.Min(ceil_div(attributes["sink_tokens"], block_k), window)
-        sparse = op.And(active, op.Greater(window - sink, self.budget))
-        sparse = op.And(sparse, op.Equal(attributes["dense"], 0))
-        search = Search(
-            levels=self.levels, candidates=Candidates(_column(op, sink), _column(op, window)), budget=self.budget,
-            queries=sampled_queries(op, queries, last_row, attributes["stride_q"]), keys=self.keys, pages=self.pages,
-            offsets=op.Range(0, block_k, attributes["stride_k"]), reuse_level=attributes["reuse_level"],
-        )
-        chosen, kept = search.run(op, op.Unsqueeze(sparse, [1]), self.past_nodes, self.may_reuse)
-
-        # The j-th block attended to: sink, chosen, window; simply j where everything is.
-        last_block = p_last / block_k
-        chosen_end = sink + self.budget
-        count = op.Where(sparse, chosen_end + last_block + 1 - window, last_block + 1)
-        count = op.Where(active, count, 0)
-        j = op.Reshape(arange(op, op.Max(op.ReduceMax(count, keepdims=0), 1)), [1, 1, -1])
-        choice = op.Min(op.Max(j - _column(op, sink), 0), self.budget - 1)
-        choice = op.Expand(choice, op.Concat(op.Shape(chosen, end=2), [1], axis=0))
-        blocks = op.Where(op.Less(j, _column(op, chosen_end)), op.GatherElements(chosen, choice, axis=2),
-                          j + _column(op, window - chosen_end))
-        as_they_are = op.Or(_column(op, op.Not(sparse)), op.Less(j, _column(op, sink)))
-        blocks = op.Where(as_they_are, j, blocks)
-        attended = op.And(op.GreaterOrEqual(blocks, 0), op.Less(j, _column(op, count)))
-        blocks = op.Where(attended, blocks, 0)  # [B, Hm or 1, N]
-
-        output = self.attention(op, queries, blocks, attended, p_first, p_last)
-        row = arange(op, width)
-        valid = op.Less(row, op.Unsqueeze(valid_rows, [1]))  # [B, R]
-        return op.Where(op.Unsqueeze(valid, [1, 2, 4]), output, 0.0), kept
-
-    def attention(
-        self, op: OpBuilder, queries: Value, blocks: Value, attended: Value, p_first: Value, p_last: Value
-    ) -> Value:
-        """softmax(scale q.k) v over the tokens of the attended blocks that are not after the row.
-
-        Args:
-            queries: [B, Hm, G, R, D] float32.
-            blocks: [B, Hm, N], 0 or more.
-            attended: [B, Hm, N] bool, false where the block does not count.
-            p_first, p_last: [B], position of the first row and of the last valid one.
-
-        Returns:
-            [B, Hm, G, R, D] float32; undefined where the row is not valid.
-        """
-        block_k = self.pages.block_k
-        # Rows of the pool after the last token are undefined, perhaps NaN: read that token instead, and mask it.
-        start = op.Unsqueeze(blocks * block_k, [3])
-        inside = arange(op, block_k)
-        offsets = op.Min(inside, op.Reshape(p_last, [-1, 1, 1, 1]) - start)
-        keys = self.pages.gather(op, self.keys, blocks, offsets)  # [B, Hm, N * block_k, D]
-        values = self.pages.gather(op, self.values, blocks, offsets)
-
-        positions = op.Where(op.Unsqueeze(attended, [3]), start + inside, 2**62)
-        positions = op.Unsqueeze(op.Reshape(positions, [0, 0, -1]), [2])  # [B, Hm, 1, N * block_k]
-        row = op.Unsqueeze(p_first, [1]) + arange(op, dim(op, queries, 3))
-        visible = op.LessOrEqual(positions, op.Unsqueeze(row, [1, 3]))
-        bias = op.Where(visible, 0.0, float("-inf"))  # [B, Hm, R, N * block_k]
-
-        grouped = op.Shape(queries)
-        queries = op.Reshape(queries * self.scale, op.Concat([0, 0, -1], op.Slice(grouped, [4], [5]), axis=0))
-        logits = op.MatMul(queries, op.Transpose(keys, perm=[0, 1, 3, 2]))
-        logits = op.Reshape(logits, op.Concat(op.Slice(grouped, [0], [4]), [-1], axis=0))
-        weights = op.Softmax(logits + op.Unsqueeze(bias, [2]), axis=-1)
-        weights = op.Reshape(weights, op.Concat([0, 0, -1], op.Shape(weights, start=4), axis=0))
-        return typed(op.Reshape(op.MatMul(weights, values), grouped), FLOAT)
-
-
-def _column(op: OpBuilder, values: Value) -> Value:
-    """[B] as [B, 1, 1]."""
-    return op.Reshape(values, [-1, 1, 1])

@@ -16,6 +16,7 @@ from onnxscript import OpBuilder
 
 Value = Any  # onnx_ir.Value; the package is not typed
 
+INT32 = ir.DataType.INT32
 INT64 = ir.DataType.INT64
 FLOAT = ir.DataType.FLOAT
 BOOL = ir.DataType.BOOL

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import onnx_ir as ir
 from onnxscript import OpBuilder
 
 from hip_trt.export.function_cache import Pages
@@ -16,6 +15,7 @@ from hip_trt.export.function_ops import (
     BOOL,
     DOUBLE,
     FLOAT,
+    INT32,
     INT64,
     Value,
     arange,
@@ -127,82 +127,117 @@ class Search:
         Args:
             wanted: [B, 1] bool, sequences whose candidates exceed the budget.
             past_nodes: [B, Hm, Kd].
-            may_reuse: scalar bool, whether to start from past_nodes where there are any.
+            may_reuse: scalar bool, in single-token calls only: start from past_nodes where there are any.
 
         Returns:
-            The chosen blocks, [B, Hm, K] ascending, -1 last, and present_nodes for may_reuse or a new search at
-            reuse_level: [B, Hm, K], which for single-token calls is [B, Hm, Kd].
+            The chosen blocks, [B, Hm, K] ascending, -1 last; and the nodes kept at reuse_level, or past_nodes where
+            they were reused, or -1: [B, Hm, K]. Neither means anything where no search was wanted.
         """
-        first, last = self.candidates.first, self.candidates.last
-        batch_heads = op.Shape(past_nodes, end=2)
-        first_nodes = op.Squeeze(first, [2]) / self.levels.sizes
-        counts = ceil_div(op.Squeeze(last, [2]), self.levels.sizes) - first_nodes  # [B, LEVELS]
-        fits = op.LessOrEqual(counts, self.levels.widths * self.budget)
-        start = op.ArgMax(op.Cast(fits, to=ir.DataType.INT32), axis=1)  # [B, 1], the lowest that fits
-
-        none = op.Expand(-1, op.Concat(batch_heads, op.Reshape(self.budget + 2, [1]), axis=0))
-        reuse, sources = op.If(
-            may_reuse,
-            then_branch=subgraph(op, "reuse", lambda op: (
-                op.And(wanted, op.GreaterOrEqual(op.Gather(past_nodes, 0, axis=2), 0)),
-                self.reuse_sources(op, past_nodes),
-            ), [], [tensor("reuse", BOOL, 2), tensor("sources", INT64, 3)]),
-            else_branch=subgraph(
-                op, "anew", lambda op: (op.Expand(False, batch_heads), none),
-                [], [tensor("reuse", BOOL, 2), tensor("sources", INT64, 3)],
-            ),
-            _outputs=2,
-        )
-        reuse, sources = typed(reuse, BOOL), typed(sources, INT64)
-        # A reused node sits at reuse_level already: its first level to score is the one below.
-        start = op.Where(wanted, op.Where(reuse, self.reuse_level, start), -1)  # [B, Hm]
-        anew = op.And(wanted, op.Not(reuse))
-        trips = op.ReduceMax(start - op.Cast(reuse, to=INT64), keepdims=0) + 1
-
-        def descend(op: OpBuilder, step: Value, proceed: Value, kept: Value, saved: Value) -> tuple[Value, ...]:
-            level = trips - 1 - step
-            size, width = op.Gather(self.levels.sizes, level), op.Gather(self.levels.widths, level)
-            expand, enter = op.Less(level, start), op.And(op.Equal(level, start), anew)
-
-            expands = op.Unsqueeze(expand, [2])
-            some = op.ReduceMax(op.Cast(expand, to=INT64), keepdims=0) * (self.budget + 2)  # none: no columns
-            parents = op.Slice(op.Where(expands, kept, -1), [0], op.Reshape(some, [1]), [2])
-            parents = op.Unsqueeze(parents, [3])
-            children = op.Where(op.Less(parents, 0), -1, parents * width + arange(op, width))
-            children = op.Reshape(children, op.Concat(batch_heads, op.Reshape(some * width, [1]), axis=0), allowzero=1)
-
-            enters = op.Unsqueeze(enter, [2])
-            count = op.Where(enter, op.Gather(counts, op.Reshape(level, [1]), axis=1), 0)
-            whole = arange(op, op.ReduceMax(count, keepdims=0))
-            whole = op.Where(enters, op.Unsqueeze(op.Gather(first_nodes, op.Reshape(level, [1]), axis=1), [2]) + whole,
-                             -1)
-
-            best = self.keep_best(op, op.Concat(children, whole, axis=2), size)
-            takes_part = op.Or(expands, enters)
-            kept = op.Where(takes_part, op.Pad(best, [0, 2], -1, [2]), kept)
-            saved = op.Where(op.And(takes_part, op.Equal(level, self.reuse_level)), best, saved)
-            return proceed, kept, saved
-
+        descent, kept = self._descent(op, wanted, past_nodes, may_reuse)
+        saved = op.Slice(op.Expand(-1, op.Shape(kept)), [0], [-2], [2])
         kept, saved = op.Loop(
-            trips, None, sources, op.Slice(none, [0], [-2], [2]), _outputs=2,
+            descent.trips, None, kept, saved, _outputs=2,
             body=subgraph(
-                op, "level", descend,
+                op, "level",
+                lambda op, step, proceed, *nodes: (proceed, *self._level(op, descent, step, *nodes)),
                 [tensor("step", INT64, 0), tensor("proceed", BOOL, 0), tensor("kept", INT64, 3),
                  tensor("saved", INT64, 3)],
                 [tensor("proceeds", BOOL, 0), tensor("keeps", INT64, 3), tensor("saves", INT64, 3)],
             ),
         )
         kept, saved = typed(kept, INT64), typed(saved, INT64)
-        chosen = op.Slice(kept, [0], op.Reshape(self.budget, [1]), [2])
-        kept_nodes = op.If(
-            may_reuse,
+        nodes = op.If(
+            may_reuse,  # else past_nodes is not of this budget
             then_branch=subgraph(
-                op, "keep", lambda op: [op.Where(op.Unsqueeze(reuse, [2]), past_nodes, saved)],
+                op, "keep", lambda op: [op.Where(op.Unsqueeze(descent.reuse, [2]), past_nodes, saved)],
                 [], [tensor("nodes", INT64, 3)],
             ),
             else_branch=subgraph(op, "renew", lambda op: [saved], [], [tensor("nodes", INT64, 3)]),
         )
-        return chosen, typed(kept_nodes, INT64)
+        return op.Slice(kept, [0], op.Reshape(self.budget, [1]), [2]), typed(nodes, INT64)
+
+    def _descent(
+        self, op: OpBuilder, wanted: Value, past_nodes: Value, may_reuse: Value
+    ) -> tuple[_Descent, Value]:
+        """Where each search starts, and the nodes that it starts from, [B, Hm, K + 2], -1 where at the top."""
+        first_nodes = op.Squeeze(self.candidates.first, [2]) / self.levels.sizes  # [B, LEVELS]
+        counts = ceil_div(op.Squeeze(self.candidates.last, [2]), self.levels.sizes) - first_nodes
+        fits = op.LessOrEqual(counts, self.levels.widths * self.budget)
+        top = op.ArgMax(op.Cast(fits, to=INT32), axis=1)  # [B, 1], the lowest level that fits
+
+        batch_heads = op.Shape(past_nodes, end=2)
+        nowhere = op.Concat(batch_heads, op.Reshape(self.budget + 2, [1]), axis=0)
+        reuse, sources = op.If(
+            may_reuse,
+            then_branch=subgraph(
+                op, "reuse", lambda op: (
+                    op.And(wanted, op.GreaterOrEqual(op.Gather(past_nodes, 0, axis=2), 0)),
+                    self.reuse_sources(op, past_nodes),
+                ), [], [tensor("reuse", BOOL, 2), tensor("sources", INT64, 3)],
+            ),
+            else_branch=subgraph(
+                op, "anew", lambda op: (op.Expand(False, batch_heads), op.Expand(-1, nowhere)),
+                [], [tensor("reuse", BOOL, 2), tensor("sources", INT64, 3)],
+            ),
+            _outputs=2,
+        )
+        reuse = typed(reuse, BOOL)
+        start = op.Where(wanted, op.Where(reuse, self.reuse_level, top), -1)
+        # Reused nodes have been scored, so the first level to do is the one below theirs.
+        trips = op.ReduceMax(start - op.Cast(reuse, to=INT64), keepdims=0) + 1
+        anew = op.And(wanted, op.Not(reuse))
+        return _Descent(start, anew, reuse, trips, first_nodes, counts), typed(sources, INT64)
+
+    def _level(self, op: OpBuilder, descent: _Descent, step: Value, kept: Value, saved: Value) -> tuple[Value, Value]:
+        """One level of all searches: the best of what ``kept`` holds one level up, or of all nodes at the top.
+
+        Args:
+            step: scalar, 0 at the highest start level.
+            kept: [B, Hm, K + 2], the nodes to replace by their children, -1 for none.
+            saved: [B, Hm, K], what was kept at reuse_level.
+        """
+        level = descent.trips - 1 - step
+        column = op.Reshape(level, [1])
+        size, width = op.Gather(self.levels.sizes, level), op.Gather(self.levels.widths, level)
+        expand = op.Less(level, descent.start)  # [B, Hm]
+        enter = op.And(op.Equal(level, descent.start), descent.anew)
+        expands, enters = op.Unsqueeze(expand, [2]), op.Unsqueeze(enter, [2])
+
+        some = op.ReduceMax(op.Cast(expand, to=INT64), keepdims=0) * (self.budget + 2)  # 0 columns where none expands
+        parents = op.Unsqueeze(op.Slice(op.Where(expands, kept, -1), [0], op.Reshape(some, [1]), [2]), [3])
+        children = op.Where(op.Less(parents, 0), -1, parents * width + arange(op, width))
+        columns = op.Concat(op.Shape(kept, end=2), op.Reshape(some * width, [1]), axis=0)
+        children = op.Reshape(children, columns, allowzero=1)
+
+        count = op.ReduceMax(op.Where(enter, op.Gather(descent.counts, column, axis=1), 0), keepdims=0)
+        whole = op.Unsqueeze(op.Gather(descent.first_nodes, column, axis=1), [2]) + arange(op, count)
+        whole = op.Where(enters, whole, -1)
+
+        best = self.keep_best(op, op.Concat(children, whole, axis=2), size)
+        takes_part = op.Or(expands, enters)
+        kept = op.Where(takes_part, op.Pad(best, [0, 2], -1, [2]), kept)
+        saved = op.Where(op.And(takes_part, op.Equal(level, self.reuse_level)), best, saved)
+        return kept, saved
+
+
+@dataclass(frozen=True)
+class _Descent:
+    """Where searches start.
+
+    Attributes:
+        start: [B, Hm], the level of the nodes that a search starts from, -1 where none is wanted.
+        anew: [B, Hm] bool, whether it starts from all nodes of that level, which must then be scored.
+        reuse: [B, Hm] bool, whether it starts from nodes that were kept.
+        trips: scalar, levels to do.
+        first_nodes, counts: [B, LEVELS], the first node of each level that holds a candidate, and how many do.
+    """
+
+    start: Value
+    anew: Value
+    reuse: Value
+    trips: Value
+    first_nodes: Value
+    counts: Value
 
 
 def sampled_queries(op: OpBuilder, queries: Value, last_row: Value, stride: Value) -> Value:
