@@ -16,8 +16,9 @@ from pydantic import BaseModel, ConfigDict
 
 from hip_trt import library
 from hip_trt.errors import HipTrtError
+from hip_trt.fat_binary import CompiledFor, compiled_for
 from hip_trt.files import format_size
-from hip_trt.gpu import Driver, cuda_driver
+from hip_trt.gpu import Driver, Gpu, cuda_driver
 from hip_trt.tensorrt_flavour import Flavour, find_flavour, install_command, installed
 
 Status = Literal["ok", "note", "problem"]
@@ -68,12 +69,13 @@ def diagnose(folder: str | Path = ".") -> Diagnosis:
     """
     driver = cuda_driver()
     flavours, flavour_checks = _flavours(driver)
+    kernels, plugin_check = _plugin(flavours)
     return Diagnosis(checks=(
         _python(),
         *(_package(name) for name in _EXPORT_PACKAGES),
         *flavour_checks,
-        *_plugin(flavours),
-        *_gpus(driver, flavours),
+        plugin_check,
+        *_gpus(driver, flavours, kernels),
         _memory(),
         _disk(Path(folder)),
     ))
@@ -124,25 +126,23 @@ def _flavours(driver: Driver | None) -> tuple[list[Flavour], list[Check]]:
     return found, checks
 
 
-def _plugin(flavours: list[Flavour]) -> Iterator[Check]:
-    """The plugin library, and whether each TensorRT takes it."""
+def _plugin(flavours: list[Flavour]) -> tuple[CompiledFor | None, Check]:
+    """The GPUs that the plugin library has kernels for, and whether each TensorRT takes it."""
     try:
-        path = library.plugin_path()
-        details = f"{library.version()} ({path})"
-    except HipTrtError as error:
-        yield Check(name="plugin", status="problem", found=error.cause, remedy=error.remedy)
-        return
-    for flavour in flavours:
-        try:
+        path, version = library.plugin_path(), library.version()
+        for flavour in flavours:
             flavour.load_plugin(path)
-        except HipTrtError as error:
-            yield Check(name="plugin", status="problem", found=error.cause, remedy=error.remedy)
-            return
-    yield Check(name="plugin", status="ok", found=details)
+    except HipTrtError as error:
+        return None, Check(name="plugin", status="problem", found=error.cause, remedy=error.remedy)
+    kernels = compiled_for(path)
+    return kernels, Check(
+        name="plugin", status="ok",
+        found=f"{version}, ABI {library.ABI_VERSION}, kernels for {kernels} ({path})",
+    )
 
 
-def _gpus(driver: Driver | None, flavours: list[Flavour]) -> Iterator[Check]:
-    """Each GPU, and whether an installed TensorRT runs on it. Exporting needs none, so nothing here is a problem."""
+def _gpus(driver: Driver | None, flavours: list[Flavour], kernels: CompiledFor | None) -> Iterator[Check]:
+    """Each GPU, and whether engines run on it. Exporting needs none, so nothing here is a problem."""
     if driver is None:
         yield Check(
             name="GPU", status="note", found="no CUDA driver; engines can be built here, and run elsewhere",
@@ -155,17 +155,26 @@ def _gpus(driver: Driver | None, flavours: list[Flavour]) -> Iterator[Check]:
             remedy="Look at nvidia-smi and at CUDA_VISIBLE_DEVICES.",
         )
     for gpu in driver.gpus:
-        capability = gpu.compute_capability
-        found = f"{gpu.name}, compute capability {capability}, {format_size(gpu.memory)}, driver for CUDA {driver.cuda}"
-        usable = [flavour.name for flavour in flavours if flavour.runs_on(capability)]
-        if usable:
-            yield Check(name=f"GPU {gpu.index}", status="ok", found=f"{found}; {' and '.join(usable)} can run on it")
-        else:
-            names = " or ".join(flavour.name for flavour in flavours) or "no TensorRT"
-            yield Check(
-                name=f"GPU {gpu.index}", status="note", found=f"{found}; {names} does not run on it",
-                remedy=f"To run engines here: {install_command('tensorrt')}",
-            )
+        status, usable, remedy = _usable(gpu, flavours, kernels)
+        yield Check(
+            name=f"GPU {gpu.index}", status=status, remedy=remedy,
+            found=f"{gpu.name}, compute capability {gpu.compute_capability}, {format_size(gpu.memory)}, driver for "
+            f"CUDA {driver.cuda}; {usable}",
+        )
+
+
+def _usable(gpu: Gpu, flavours: list[Flavour], kernels: CompiledFor | None) -> tuple[Status, str, str]:
+    """Whether engines run on a GPU, in words, and what to do if not."""
+    capability = gpu.compute_capability
+    if kernels is not None and not kernels.runs_on(capability):
+        return "note", "the plugin has no kernels for it", (
+            f"Install hip-trt again with HIP_TRT_CUDA_ARCHITECTURES={capability.major}{capability.minor}."
+        )
+    usable = [flavour.name for flavour in flavours if flavour.runs_on(capability)]
+    if usable:
+        return "ok", f"{' and '.join(usable)} can run on it", ""
+    names = " or ".join(flavour.name for flavour in flavours) or "no TensorRT"
+    return "note", f"{names} does not run on it", f"To run engines here: {install_command('tensorrt')}"
 
 
 def _memory() -> Check:

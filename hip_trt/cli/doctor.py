@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from hip_trt.cli.console import Json, Verbose, out, print_json, set_verbose
@@ -31,9 +32,9 @@ def doctor(as_json: Json = False, verbose: Verbose = False) -> None:
         for column in ("mark", "name", "found"):
             table.add_column(column, overflow="fold", no_wrap=column != "found")
         for check in diagnosis.checks:
-            table.add_row(_MARKS[check.status], f"[b]{check.name}[/]", check.found)
+            table.add_row(_MARKS[check.status], f"[b]{check.name}[/]", escape(check.found))
             if check.remedy:
-                table.add_row("", "", f"[yellow]→ {check.remedy}[/]")
+                table.add_row("", "", f"[yellow]→ {escape(check.remedy)}[/]")
         console = out()
         console.print(table, highlight=False)
         console.print(

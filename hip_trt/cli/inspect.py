@@ -50,7 +50,7 @@ def inspect(
     _show_facts(console, description)
     _show_tensors(console, description, every)
     _show_layers(console, description)
-    console.print(f"These facts come from {description.source}", style="dim")
+    console.print(f"These facts come from {description.source}", style="dim", soft_wrap=True)
 
 
 def _show_facts(console: Console, description: Description) -> None:
@@ -88,7 +88,7 @@ def _show_facts(console: Console, description: Description) -> None:
     table.add_column(overflow="fold")
     for name, text in rows.items():
         table.add_row(name, text)
-    console.print(table, highlight=False)
+    console.print(table, highlight=False, markup=False)
     console.print()
 
 
@@ -118,7 +118,7 @@ def _show_layers(console: Console, description: Description) -> None:
     what = "HipAttention plugin layers" if description.kind == "plan" else "HipAttention nodes"
     console.print(f"[b]{len(description.attention)} {what}[/]", highlight=False)
     layers = ", ".join(f"{name} {count}" for name, count in description.layers.items())
-    console.print(f"all layers: {layers}", highlight=False, markup=False)
+    console.print(f"all layers: {layers}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _of_later_layer(tensor: Tensor) -> bool:

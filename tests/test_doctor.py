@@ -1,0 +1,197 @@
+"""The doctor: what it says of machines other than this one, by replacing what it asks."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from hip_trt import doctor, library
+from hip_trt.cli.app import app
+from hip_trt.doctor import Check, diagnose
+from hip_trt.errors import EnvironmentProblem, PluginError
+from hip_trt.fat_binary import CompiledFor, compiled_for
+from hip_trt.gpu import ComputeCapability, Driver, Gpu, cuda_driver, current_gpu
+from hip_trt.tensorrt_flavour import Flavour
+
+HOPPER = Gpu(0, "NVIDIA H200", ComputeCapability(9, 0), 150_000_000_000)
+ADA = Gpu(1, "NVIDIA GeForce RTX 4090", ComputeCapability(8, 9), 25_000_000_000)
+KERNELS = CompiledFor(frozenset({ComputeCapability(8, 0), ComputeCapability(9, 0)}), frozenset())
+
+
+class Machine:
+    """What the doctor finds; by default one with TensorRT-RTX, the plugin, and no GPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.flavours = {"tensorrt-rtx": "1.7.1"}
+        self.driver: Driver | None = None
+        self.packages = set(doctor._EXPORT_PACKAGES)
+        self.plugin: Callable[[], Path] = lambda: Path("libhip_trt_plugin.so")
+        monkeypatch.setattr(doctor, "cuda_driver", lambda: self.driver)
+        monkeypatch.setattr(doctor, "installed", lambda: tuple(self.flavours))
+        monkeypatch.setattr(doctor, "find_flavour", self.find_flavour)
+        monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name in self.packages or None)
+        monkeypatch.setattr(doctor, "compiled_for", lambda path: KERNELS)
+        monkeypatch.setattr(library, "plugin_path", lambda: self.plugin())
+        monkeypatch.setattr(library, "version", lambda: "0.1.0")
+        monkeypatch.setattr(Flavour, "load_plugin", lambda flavour, path: None)
+
+    def find_flavour(self, name: str) -> Flavour:
+        module = ModuleType(name)
+        members = {"SM80": 0, "SM89": 1, "SM120": 2, "CURRENT": 3}
+        module.__dict__.update(__version__=self.flavours[name], ComputeCapability=Any)
+        module.ComputeCapability = type("ComputeCapability", (), {"__members__": members})
+        return Flavour(name, module)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def check(name: str) -> Check:
+    return next(item for item in diagnose().checks if item.name == name)
+
+
+def test_without_a_gpu_models_can_be_exported(machine: Machine) -> None:
+    assert diagnose().can_export
+    assert "builds, without a GPU, for 8.0, 8.9, 12.0" in check("tensorrt-rtx").found
+    assert (check("GPU").status, check("plugin").status) == ("note", "ok")
+    assert "kernels for 8.0, 9.0" in check("plugin").found
+
+
+def test_hopper_is_refused_by_rtx(machine: Machine) -> None:
+    machine.driver = Driver("13.0", (HOPPER,))
+    found = check("GPU 0")
+    assert found.status == "note"
+    assert found.found == (
+        "NVIDIA H200, compute capability 9.0, 150.0 GB, driver for CUDA 13.0; tensorrt-rtx does not run on it"
+    )
+    assert "hip-trt[tensorrt]" in found.remedy
+    assert diagnose().can_export
+    machine.flavours["tensorrt"] = "10.14"
+    assert check("GPU 0").status == "ok"
+    assert check("GPU 0").found.endswith("tensorrt can run on it")
+
+
+def test_every_gpu_is_looked_at(machine: Machine) -> None:
+    machine.driver = Driver("13.0", (HOPPER, ADA))
+    assert (check("GPU 0").status, check("GPU 1").status) == ("note", "ok")
+
+
+def test_gpu_without_kernels(machine: Machine) -> None:
+    machine.driver = Driver("13.0", (Gpu(0, "NVIDIA GeForce RTX 5090", ComputeCapability(12, 0), 32_000_000_000),))
+    assert "no kernels" in check("GPU 0").found
+    assert "HIP_TRT_CUDA_ARCHITECTURES=120" in check("GPU 0").remedy
+
+
+def test_driver_that_shows_no_gpu(machine: Machine) -> None:
+    machine.driver = Driver("12.8", ())
+    assert "CUDA 12.8" in check("GPU").found
+    assert "CUDA_VISIBLE_DEVICES" in check("GPU").remedy
+
+
+def test_tensorrt_without_a_gpu_cannot_build(machine: Machine) -> None:
+    machine.flavours = {"tensorrt": "10.14"}
+    assert not diagnose().can_export
+    assert "needs a GPU" in check("tensorrt").found
+    assert "hip-trt[tensorrt-rtx]" in check("TensorRT").remedy
+    machine.driver = Driver("13.0", (HOPPER,))
+    assert diagnose().can_export
+
+
+def test_no_tensorrt(machine: Machine) -> None:
+    machine.flavours = {}
+    assert not diagnose().can_export
+    assert (check("TensorRT").status, check("plugin").status) == ("problem", "ok")
+
+
+def test_tensorrt_that_cannot_be_imported(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_flavour(name: str) -> Flavour:
+        raise EnvironmentProblem("libnvinfer.so is missing.", "Install it again.")
+
+    monkeypatch.setattr(doctor, "find_flavour", find_flavour)
+    assert (check("tensorrt-rtx").status, check("tensorrt-rtx").remedy) == ("note", "Install it again.")
+    assert not diagnose().can_export
+
+
+def test_missing_package_and_plugin(machine: Machine) -> None:
+    def plugin_path() -> Path:
+        raise PluginError("it is not here.", "Install hip-trt again.")
+
+    machine.packages -= {"onnxscript"}
+    machine.plugin = plugin_path
+    assert check("onnxscript") == Check(
+        name="onnxscript", status="problem", found="not installed", remedy="pip install onnxscript"
+    )
+    assert check("plugin") == Check(
+        name="plugin", status="problem", found="it is not here.", remedy="Install hip-trt again."
+    )
+    assert not diagnose().can_export
+
+
+def test_low_disk_and_old_python(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = type("Usage", (), {"free": 1_000_000_000})
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(doctor.sys, "version_info", (3, 10, 4))
+    checks = {item.name: item for item in diagnose(tmp_path / "not" / "yet").checks}
+    assert checks["disk"].status == "note"
+    assert checks["disk"].found == f"1.0 GB free in {tmp_path}"
+    assert checks["Python"].status == "problem"
+
+
+def test_command(machine: Machine) -> None:
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["doctor"])
+    assert result.exit_code == 0
+    assert "Models can be exported here" in result.stdout
+    machine.flavours = {}
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "hip-trt[tensorrt-rtx]" in result.stdout
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert not report["can_export"]
+    assert {"name": "torch", "status": "ok"}.items() <= report["checks"][1].items()
+
+
+def test_this_machine() -> None:
+    """Nothing is replaced: no check raises, and the ones that asked the driver agree."""
+    driver, gpu = cuda_driver(), current_gpu()
+    assert (gpu is not None) == bool(driver and driver.gpus)
+    names = [item.name for item in diagnose().checks]
+    assert names[:2] == ["Python", "torch"]
+    assert {"plugin", "memory", "disk"} <= set(names)
+
+
+# What a library was compiled for
+
+
+def fat_binary(*entries: tuple[int, int]) -> bytes:
+    """A fat binary of (kind, architecture) entries, as nvcc writes them."""
+    body = b"".join(
+        struct.pack("<HHIQIIHHI", kind, 0x101, 64, 16, 0, 0, 0, 0, architecture).ljust(64, b"\0") + bytes(16)
+        for kind, architecture in entries
+    )
+    return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(body)) + body
+
+
+def test_compiled_for(tmp_path: Path) -> None:
+    path = tmp_path / "library.so"
+    path.write_bytes(b"\x7fELF" + fat_binary((2, 80), (2, 90)) + b"between" + fat_binary((2, 120), (1, 120)) + b"end")
+    found = compiled_for(path)
+    assert str(found) == "8.0, 9.0, 12.0, 12.0 and later"
+    for text, runs in {"8.9": True, "9.0": True, "10.0": False, "12.1": True, "13.0": True, "7.5": False}.items():
+        assert found.runs_on(ComputeCapability.parse(text)) == runs
+    path.write_bytes(b"no CUDA in here")
+    assert not compiled_for(path).runs_on(ComputeCapability(8, 0))
+
+
+def test_plugin_is_compiled_for_something() -> None:
+    assert compiled_for(library.plugin_path()).cubin
