@@ -29,6 +29,7 @@ CUDA_PACKAGES = (
     "nvidia-cuda-runtime==13.0.*",
     "nvidia-cuda-cccl==13.0.*",
 )
+USUAL_COMPILER = Path("/usr/local/cuda/bin/nvcc")
 OLDEST_TOOLKIT = (12, 8)
 """The first CUDA release that knows compute capabilities 10.0 and 12.0."""
 
@@ -156,7 +157,7 @@ def _toolkit_candidates(environment: Environment) -> Iterator[tuple[str, Path]]:
     """Compilers that exist, in order of preference, each with the name of where it was found."""
     named = environment.get("CUDACXX")
     if named:
-        found = shutil.which(named, path=environment.get("PATH"))
+        found = shutil.which(named, path=environment.get("PATH", ""))
         if found is None:
             raise ToolchainError(f"CUDACXX={named}: there is no such program.")
         yield "CUDACXX", Path(found)
@@ -167,12 +168,11 @@ def _toolkit_candidates(environment: Environment) -> Iterator[tuple[str, Path]]:
             if not compiler.is_file():
                 raise ToolchainError(f"{variable}={folder}: there is no bin/nvcc in that folder.")
             yield variable, compiler
-    found = shutil.which("nvcc", path=environment.get("PATH"))
+    found = shutil.which("nvcc", path=environment.get("PATH", ""))
     if found is not None:
         yield "PATH", Path(found)
-    usual = Path("/usr/local/cuda/bin/nvcc")
-    if usual.is_file():
-        yield "/usr/local/cuda", usual
+    if USUAL_COMPILER.is_file():
+        yield "/usr/local/cuda", USUAL_COMPILER
 
 
 def _compiler_version(compiler: Path) -> tuple[int, int]:
