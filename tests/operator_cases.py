@@ -267,7 +267,7 @@ def cases(draw: st.DrawFn, configs: st.SearchStrategy[HipConfig] = configs()) ->
     shared = draw(st.integers(0, 2)) if batch > 1 else 0
     lengths = st.integers(shared * config.page_size, 250)
     past = draw(st.lists(st.one_of(st.integers(150, 250), lengths), min_size=batch, max_size=batch))
-    counts = st.sampled_from([1, 1, 1, 0]) if decode else st.integers(0, 60)
+    counts = st.sampled_from([1, 1, 1, 0]) if decode else st.integers(0, 40)
     new = draw(st.lists(counts, min_size=batch, max_size=batch))
     kv_heads = draw(st.integers(1, 3))
     return Case(
