@@ -1,0 +1,264 @@
+"""The TensorRT plugin: through TensorRT's interfaces with no TensorRT, and in the registry of a real one."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from hip_trt import library
+from hip_trt import operator as names
+from hip_trt.config import HipConfig
+from hip_trt.errors import HipTrtError, PluginError
+from hip_trt.gpu import current_gpu
+from hip_trt.tensorrt_flavour import Flavour, find_flavour
+
+ROOT = Path(__file__).parents[1]
+CONFIG = HipConfig(page_size=32)
+ATTRIBUTES = names.attributes(CONFIG, scale=0.125)
+
+
+@pytest.fixture(scope="module")
+def plugin_path() -> Path:
+    try:
+        return library.plugin_path()
+    except PluginError:
+        pytest.skip("hip-trt was installed without the plugin")
+
+
+@pytest.fixture(scope="module")
+def plugin_host() -> Path:
+    """The program of plugins/tests, which the build puts beside the library when it is asked for."""
+    hosts = sorted((ROOT / "build").glob("*/plugin_host"), key=lambda host: host.stat().st_mtime)
+    if not hosts:
+        pytest.skip("built without HIP_TRT_BUILD_TESTS (make install builds with it)")
+    return hosts[-1]
+
+
+@pytest.fixture(scope="module")
+def flavour() -> Flavour:
+    try:
+        return find_flavour()
+    except HipTrtError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def creator(flavour: Flavour, plugin_path: Path) -> Iterator[Any]:
+    """The plugin's creator, found as the ONNX parser finds it: by name, version "1" and no namespace."""
+    flavour.load_plugin(plugin_path)
+    builder = flavour.module.Builder(flavour.logger)  # with it TensorRT has a logger
+    yield flavour.module.get_plugin_registry().get_creator(names.OP_TYPE, "1", "")
+    del builder
+
+
+# The library alone
+
+
+def symbols(path: Path, *options: str) -> list[str]:
+    output = subprocess.run(["nm", "--dynamic", *options, str(path)], check=True, capture_output=True, text=True).stdout
+    return [line.split()[-1].partition("@")[0] for line in output.splitlines()]
+
+
+def test_library_shows_its_interfaces_only(plugin_path: Path) -> None:
+    header = (ROOT / "plugins" / "cuda" / "hip_attention.h").read_text()
+    declared = set(re.findall(r"^HIP_TRT_API .*?(hipTrt\w+)\(", header, re.MULTILINE))
+    assert len(declared) >= 6
+    assert set(symbols(plugin_path, "--defined-only")) == declared | {"getCreators", "setLoggerFinder"}
+
+
+def test_library_needs_no_tensorrt_and_no_cuda(plugin_path: Path) -> None:
+    needed = subprocess.run(["readelf", "-d", str(plugin_path)], check=True, capture_output=True, text=True).stdout
+    libraries = set(re.findall(r"NEEDED.*\[([^]]+)\.so", needed))
+    assert libraries <= {"libstdc++", "libgcc_s", "libc", "libm", "libdl", "librt", "libpthread", "ld-linux-x86-64"}
+    assert not [name for name in symbols(plugin_path, "--undefined-only") if name.startswith(("cuda", "cu", "nvinfer"))]
+
+
+def test_interfaces_without_a_gpu(plugin_host: Path, plugin_path: Path) -> None:
+    done = subprocess.run([plugin_host, plugin_path, "interfaces"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^interfaces: \d{3,} checks, 0 failed$", done.stdout, re.MULTILINE)
+    assert done.stderr == ""  # every message went to the logger
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(current_gpu() is None, reason="needs a CUDA GPU")
+def test_enqueue(plugin_host: Path, plugin_path: Path) -> None:
+    done = subprocess.run([plugin_host, plugin_path, "enqueue"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# In TensorRT's registry
+
+
+def test_creator_asks_for_every_attribute(flavour: Flavour, creator: Any) -> None:
+    types = {int: flavour.module.PluginFieldType.INT32, float: flavour.module.PluginFieldType.FLOAT32,
+             str: flavour.module.PluginFieldType.CHAR}
+    assert (creator.name, creator.plugin_version, creator.plugin_namespace) == (names.OP_TYPE, "1", "")
+    advertised = {field.name: field.type for field in creator.field_names}
+    assert advertised == {name: types[type(value)] for name, value in ATTRIBUTES.items()}
+
+
+def create(flavour: Flavour, creator: Any, fields: dict[str, Any], phase: str = "BUILD") -> tuple[Any, list[str]]:
+    """A plugin or None, and the errors that TensorRT's logger was told."""
+    trt = flavour.module
+    types = {str: trt.PluginFieldType.CHAR, int: trt.PluginFieldType.INT32, float: trt.PluginFieldType.FLOAT32}
+    arrays = {name: as_array(value) for name, value in fields.items()}  # a PluginField only points to its array
+    collection = trt.PluginFieldCollection(
+        [trt.PluginField(name, arrays[name], types[type(value)]) for name, value in fields.items()]
+    )
+    with flavour.messages() as log:
+        plugin = creator.create_plugin("layer", collection, getattr(trt.TensorRTPhase, phase))
+    return plugin, log.errors
+
+
+def as_array(value: str | int | float) -> np.ndarray:
+    if isinstance(value, str):
+        return np.frombuffer(value.encode(), np.int8)
+    return np.array([value], np.int32 if isinstance(value, int) else np.float32)
+
+
+def test_good_fields(flavour: Flavour, creator: Any) -> None:
+    plugin, errors = create(flavour, creator, ATTRIBUTES)
+    assert plugin is not None
+    assert errors == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask_k": 1000}, "mask_k: 1000 is not allowed; it must be a multiple of block_k (16)"),
+        ({"decode_mask_k": -16}, "decode_mask_k: -16 is not allowed"),
+        ({"block_q": 48}, "block_q: 48 is not allowed; it must be a power of two"),
+        ({"block_k": 1}, "block_k: 1 is not allowed"),
+        ({"stride_q": 3}, "stride_q: 3 is not allowed; it must be a divisor of block_q (64)"),
+        ({"stride_k": 0}, "stride_k: 0 is not allowed"),
+        ({"branch": 17}, "branch: 17 is not allowed"),
+        ({"leaf_branch": 1}, "leaf_branch: 1 is not allowed"),
+        ({"reuse_level": -1}, "reuse_level: -1 is not allowed"),
+        ({"page_size": 40}, "page_size: 40 is not allowed; it must be a multiple of block_k (16)"),
+        ({"sink_tokens": -1}, "sink_tokens: -1 is not allowed"),
+        ({"window_tokens": 0}, "window_tokens: 0 is not allowed"),
+        ({"dense": 7}, "dense: 7 is not allowed"),
+        ({"mask_heads": "all"}, "mask_heads: 'all' is not allowed; it must be 'kv' or 'query'"),
+        ({"scale": float("nan")}, "scale: nan is not allowed"),
+        ({"scale": 1}, "scale: 1 value(s) int32 are not allowed; it must be one float32"),
+        ({"mask_k": None}, "mask_k: is missing"),
+        ({"tile": 3}, "tile: no such field"),
+    ],
+)
+def test_bad_fields(flavour: Flavour, creator: Any, changes: dict[str, Any], message: str) -> None:
+    fields = {name: value for name, value in {**ATTRIBUTES, **changes}.items() if value is not None}
+    plugin, errors = create(flavour, creator, fields)
+    assert plugin is None
+    assert len(errors) == 1
+    assert errors[0].startswith(f"HipAttention (layer): {message}")
+
+
+def test_every_bad_field_is_named(flavour: Flavour, creator: Any) -> None:
+    _, errors = create(flavour, creator, {"tile": 3})
+    assert len(errors) == len(ATTRIBUTES) + 1
+
+
+def test_engine_of_another_plugin_version(flavour: Flavour, creator: Any) -> None:
+    version = library.version()
+    plugin, errors = create(flavour, creator, {**ATTRIBUTES, "hip_trt_version": version}, "RUNTIME")
+    assert plugin is not None
+    assert errors == []
+    plugin, errors = create(flavour, creator, {**ATTRIBUTES, "hip_trt_version": "0.0.7"}, "RUNTIME")
+    assert plugin is None
+    assert errors == [
+        f"HipAttention (layer): the engine was built by plugin version 0.0.7, and this library is version {version}. "
+        "Build the engine again, or install hip-trt 0.0.7."
+    ]
+
+
+# In an engine
+
+
+def build_engine(flavour: Flavour, dtype: int, head_dim: int = 64, **attributes: Any) -> tuple[bytes | None, list[str]]:
+    """An engine of one layer for compute capability 8.0, and TensorRT's errors."""
+    trt, page = flavour.module, CONFIG.page_size
+    shapes: dict[str, tuple[int, list[Any]]] = {
+        "query": (dtype, ["B", 4, "S", head_dim]),
+        "key": (dtype, ["B", 2, "S", head_dim]),
+        "value": (dtype, ["B", 2, "S", head_dim]),
+        "past_key": (dtype, ["P", 2, page, head_dim]),
+        "past_value": (dtype, ["P", 2, page, head_dim]),
+        "page_table": (TensorProto.INT32, ["B", "M"]),
+        "past_lengths": (TensorProto.INT32, ["B"]),
+        "query_lengths": (TensorProto.INT32, ["B"]),
+        "past_nodes": (TensorProto.INT32, ["B", 2, CONFIG.decode_mask_blocks]),
+        "refresh_mask": (TensorProto.INT32, [1]),
+    }
+    alike = dict(zip(names.OUTPUTS, ("query", "past_key", "past_value", "past_nodes"), strict=True))
+    attributes = {**ATTRIBUTES, **attributes}
+    node = helper.make_node(
+        names.OP_TYPE, names.INPUTS, names.OUTPUTS, name="layer", domain=names.DOMAIN,
+        **{name: value for name, value in attributes.items() if value is not None},
+    )
+    graph = helper.make_graph(
+        [node], "graph", [helper.make_tensor_value_info(name, *shapes[name]) for name in names.INPUTS],
+        [helper.make_tensor_value_info(name, *shapes[alike[name]]) for name in names.OUTPUTS],
+    )
+    imports = [helper.make_opsetid("", 20), helper.make_opsetid(names.DOMAIN, names.OP_VERSION)]
+    model: onnx.ModelProto = helper.make_model(graph, opset_imports=imports)
+    with flavour.messages() as log:
+        builder = trt.Builder(flavour.logger)
+        network = builder.create_network()
+        parser = trt.OnnxParser(network, flavour.logger)
+        if not parser.parse(model.SerializeToString()):
+            return None, log.errors
+        config = builder.create_builder_config()
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(trt.ComputeCapability.SM80, 0)
+        profile = builder.create_optimization_profile()
+        ranges = {"B": (1, 2, 4), "S": (1, 16, 128), "P": (1, 8, 64), "M": (1, 4, 16)}
+        for name, (_, shape) in shapes.items():
+            profile.set_shape(name, *([ranges.get(size, (size,) * 3)[i] for size in shape] for i in range(3)))
+        config.add_optimization_profile(profile)
+        engine = builder.build_serialized_network(network, config)
+        return None if engine is None else bytes(engine), log.errors
+
+
+@pytest.fixture(scope="module")
+def ahead_of_time(flavour: Flavour, creator: Any) -> Flavour:
+    if not flavour.ahead_of_time:
+        pytest.skip("builds for a GPU of another kind need TensorRT-RTX")
+    return flavour
+
+
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.FLOAT])
+def test_engine_keeps_the_layer(ahead_of_time: Flavour, dtype: int) -> None:
+    engine, errors = build_engine(ahead_of_time, dtype)
+    assert errors == []
+    assert engine is not None
+    assert b"hip_trt_version" in engine
+    assert library.version().encode() in engine
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_dim": 60}, "head_dim: 60 is not supported"),
+        ({"page_size": 64}, "past_key: shape [64, 2, 32, 64] is not allowed; it must be [P, Hkv, page_size, D], "
+         "where page_size is 64"),
+        ({"mask_heads": "query"}, "past_nodes: shape [4, 2, 32] is not allowed; it must be [B, Hm, Kd], where Hm is 4"),
+        ({"mask_k": 1 << 22}, "mask_k: 4194304 is not supported"),
+        ({"branch": 1}, "branch: 1 is not allowed"),
+        ({"branch": None}, "branch: is missing"),
+    ],
+)
+def test_unsupported_layers_are_refused_at_build_time(
+    ahead_of_time: Flavour, changes: dict[str, Any], message: str
+) -> None:
+    engine, errors = build_engine(ahead_of_time, TensorProto.FLOAT16, **changes)
+    assert engine is None
+    assert errors[0].startswith(f"HipAttention (layer): {message}")
