@@ -1,0 +1,103 @@
+// Decode steps on GPUs with thread-block clusters (compute capability 9.0 and later): the host's side.
+#pragma once
+
+#include "call.cuh"
+
+namespace hip_trt
+{
+
+// Division of numbers below 2^31 by one that the host knows: a multiplication and a shift.
+struct Divisor
+{
+    int divisor;
+    uint32_t multiplier;
+    int shift;
+
+    Divisor() = default;
+
+    explicit Divisor(int value)
+        : divisor(value)
+        , multiplier(0)
+        , shift(0)
+    {
+        if (value > 1)
+        {
+            int log2 = 0;
+            while ((int64_t{1} << log2) < value)
+            {
+                ++log2;
+            }
+            shift = log2 - 1;
+            multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + log2)) + value - 1) / value);
+        }
+    }
+
+    __device__ __forceinline__ int divide(int number) const
+    {
+        return divisor == 1 ? number : static_cast<int>(__umulhi(number, multiplier) >> shift);
+    }
+};
+
+// Levels of any tree: 2^22 blocks, halved.
+constexpr int kMaxLevels = 24;
+
+// Candidates of a level that one cluster holds; bounds the reciprocal of a node's width too.
+constexpr int kMaxCandidates = 8192;
+constexpr int kReciprocalShift = 18;
+
+// Floats between the heads of a partial result, so that lanes that store different heads use different banks.
+constexpr int kPartialPadding = 8;
+
+// Offsets into a thread block's shared memory; barriers come first.
+struct DecodeLayout
+{
+    int keys;
+    int marks;
+    int lists;
+    int table;
+    int scratch;
+    int states;
+    int inbox;
+    int inbox_states;
+    int bytes;
+};
+
+// One decode step as the kernel sees it.
+struct DecodeCall
+{
+    Call call;
+    Divisor page_size;
+    Divisor level_size[kMaxLevels]; // blocks that a node of each level covers
+    uint32_t branch_reciprocal;      // 2^kReciprocalShift over the width, rounded up
+    uint32_t leaf_branch_reciprocal;
+    int cluster_log2;     // thread blocks per sequence and mask head
+    int scored_rows_log2; // tokens of a block that are scored
+    int stride_k_log2;
+    int capacity;      // candidates of a level, rounded up to whole words of bits
+    int list_capacity; // nodes of a list, rounded up
+    int table_entries; // of the page table that are copied to shared memory; 0: it is read where it is
+    float scale_log2e;
+    int scratch_bytes; // of a warp
+    DecodeLayout layout;
+};
+
+// How a decode step is laid out on the GPU.
+struct DecodePlan
+{
+    int threads;      // of a thread block: 256 or 512
+    int cluster_log2; // thread blocks of a cluster: 1, 2, 4, 8 or 16
+    bool overlapped = true; // start while the kernel before drains
+};
+
+// The kernel for a type, or nullptr.
+using DecodeKernel = void (*)(DecodeCall);
+template <typename T>
+DecodeKernel findDecodeKernel(int head_dim, int heads_per_mask, int threads);
+
+// Whether this path computes a call: its configuration and shape, on the current device.
+bool decodeClusterSupports(const Call& call);
+
+// Launch it, cache update included. `plan` overrides the choice, for tuning.
+cudaError_t launchDecodeCluster(const Call& call, cudaStream_t stream, const DecodePlan* plan = nullptr);
+
+} // namespace hip_trt

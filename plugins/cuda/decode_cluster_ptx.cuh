@@ -1,0 +1,141 @@
+// What thread-block clusters need beyond ptx.cuh (compute capability 9.0 and later): barriers that count bytes, stores
+// into a neighbour's shared memory, overlapped launches.
+#ifndef HIP_TRT_DECODE_CLUSTER_PTX_CUH // not #pragma once: plugins/tests/emulation puts its own in place
+#define HIP_TRT_DECODE_CLUSTER_PTX_CUH
+
+#include "ptx.cuh"
+
+namespace hip_trt
+{
+
+// ---- Cluster ----
+
+// Announce that this thread has come here. Of what it wrote before, only published barriers are sure to be seen by who
+// waits.
+__device__ __forceinline__ void clusterArrive()
+{
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" ::: "memory");
+}
+
+// Wait until all threads of the cluster have announced themselves.
+__device__ __forceinline__ void clusterWait()
+{
+    asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+}
+
+// The address, in the shared memory of the thread block of this rank, of what lies at `address` in this one's.
+__device__ __forceinline__ uint32_t peerAddress(uint32_t address, int rank)
+{
+    uint32_t peer;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(peer) : "r"(address), "r"(rank));
+    return peer;
+}
+
+// ---- Barriers that complete once one arrival has been made and all expected bytes have come ----
+
+__device__ __forceinline__ void initBarrier(uint64_t* barrier)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n" ::"r"(sharedAddress(barrier)) : "memory");
+}
+
+// Make this thread's initialized barriers known to the cluster, with the next clusterArrive().
+__device__ __forceinline__ void publishBarriers()
+{
+    asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+}
+
+// The one arrival of a phase. Bytes may come before it.
+__device__ __forceinline__ void expectBytes(uint64_t* barrier, uint32_t bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(sharedAddress(barrier)), "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void waitBarrier(uint64_t* barrier, uint32_t parity)
+{
+    asm volatile(
+        "{\n"
+        ".reg .pred complete;\n"
+        "WAIT:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%0], %1;\n"
+        "@!complete bra WAIT;\n"
+        "}\n" ::"r"(sharedAddress(barrier)),
+        "r"(parity)
+        : "memory");
+}
+
+// Store to a peer's shared memory, and count the bytes on the peer's barrier once they are there.
+__device__ __forceinline__ void storeAsync(uint32_t peer_address, uint32_t value, uint32_t peer_barrier)
+{
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];\n" ::"r"(peer_address),
+        "r"(value), "r"(peer_barrier)
+        : "memory");
+}
+
+__device__ __forceinline__ void storeAsync(uint32_t peer_address, float2 value, uint32_t peer_barrier)
+{
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];\n" ::"r"(
+                     peer_address),
+        "r"(__float_as_uint(value.x)), "r"(__float_as_uint(value.y)), "r"(peer_barrier)
+        : "memory");
+}
+
+__device__ __forceinline__ void storeAsync(uint32_t peer_address, float4 value, uint32_t peer_barrier)
+{
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(
+                     peer_address),
+        "r"(__float_as_uint(value.x)), "r"(__float_as_uint(value.y)), "r"(__float_as_uint(value.z)),
+        "r"(__float_as_uint(value.w)), "r"(peer_barrier)
+        : "memory");
+}
+
+// ---- Overlapped launches: no-ops where the launch did not ask for it ----
+
+// Nothing that the kernel before wrote may be read earlier.
+__device__ __forceinline__ void waitForPreviousKernel()
+{
+    asm volatile("griddepcontrol.wait;\n" ::: "memory");
+}
+
+__device__ __forceinline__ void letNextKernelStart()
+{
+    asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+}
+
+// ---- Data ----
+
+// 16 bytes that nobody writes during the kernel and that will not be read again soon.
+__device__ __forceinline__ uint4 loadOnce(const void* address)
+{
+    uint4 value;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(address));
+    return value;
+}
+
+// Start to copy 4 bytes to shared memory.
+__device__ __forceinline__ void copyAsync4(void* shared, const void* global)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(sharedAddress(shared)), "l"(global) : "memory");
+}
+
+// An 8x8 matrix of 2-byte elements, transposed: lane i holds elements 2 (i % 4) and 2 (i % 4) + 1 of row i / 4.
+__device__ __forceinline__ uint32_t transposeMatrix(uint32_t matrix)
+{
+    uint32_t transposed;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(transposed) : "r"(matrix));
+    return transposed;
+}
+
+// 2^x, to about 2 units in the last place; 0 for -infinity.
+__device__ __forceinline__ float exp2Fast(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+    return y;
+}
+
+} // namespace hip_trt
+
+#endif // HIP_TRT_DECODE_CLUSTER_PTX_CUH
