@@ -130,8 +130,8 @@ class Search:
             may_reuse: scalar bool, in single-token calls only: start from past_nodes where there are any.
 
         Returns:
-            The chosen blocks, [B, Hm, K] ascending, -1 last; and the nodes kept at reuse_level, or past_nodes where
-            they were reused, or -1: [B, Hm, K]. Neither means anything where no search was wanted.
+            The chosen blocks, [B, Hm, K] ascending, -1 last, of no meaning where no search was wanted; and for
+            present_nodes, [B, Hm, K], the nodes kept at reuse_level, or past_nodes where they were reused, or -1.
         """
         descent, kept = self._descent(op, wanted, past_nodes, may_reuse)
         saved = op.Slice(op.Expand(-1, op.Shape(kept)), [0], [-2], [2])

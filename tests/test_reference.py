@@ -112,13 +112,17 @@ def test_equal_scores_go_to_the_lower_index() -> None:
 
 
 def test_score_is_the_largest_over_rows_and_strided_tokens() -> None:
-    keys = torch.tensor([[3.0], [9.0], [-8.0], [1.0], [2.0], [2.0], [2.0], [2.0]])
-    options = {"budget": 1, "block_k": 4, "reuse_level": 0}
-    tree = Tree(0, 2, 2, 2)
-    assert search(torch.tensor([[1.0], [0.1]]), keys, tree, stride_k=2, **options)[0].tolist() == [0]  # 3 over 2
-    assert search(torch.tensor([[0.1], [-1.0]]), keys, tree, stride_k=2, **options)[0].tolist() == [0]  # 8 over 0.2
-    flipped = torch.cat([keys[4:], keys[:4]])
-    assert search(torch.tensor([[1.0]]), flipped, tree, stride_k=1, **options)[0].tolist() == [1]  # 9 over 2
+    keys = torch.tensor([[3.0], [9.0], [-8.0], [1.0], [4.0], [2.0], [4.0], [2.0]])
+
+    def chosen(*rows: float, stride_k: int) -> list[int]:
+        queries = torch.tensor([[float(row)] for row in rows])
+        options = {"budget": 1, "block_k": 4, "reuse_level": 0}
+        return search(queries, keys, Tree(0, 2, 2, 2), stride_k=stride_k, **options)[0].tolist()
+
+    assert chosen(1, stride_k=1) == [0]  # 9 over 4
+    assert chosen(1, stride_k=2) == [1]  # 3 under 4: the 9 is not looked at
+    assert chosen(1, -1, stride_k=2) == [0]  # the second row scores 8
+    assert chosen(1, -1, stride_k=4) == [1]  # 3 under 4
 
 
 def test_reuse_expands_nodes_and_the_two_newest() -> None:
