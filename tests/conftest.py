@@ -1,7 +1,41 @@
-"""Settings of the whole suite."""
+"""Settings of the whole suite, and the checkpoints that tests share."""
+
+from __future__ import annotations
 
 import os
+from pathlib import Path
+
+import pytest
 
 # Tensors here are tiny, so threads cost more than they bring, and on a busy machine they spin while they wait for each
 # other. Set before torch starts its pool.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SAMPLE_MODEL = "HIP_TRT_SAMPLE"
+"""Environment variable that names the sample model's .gguf file; build/sample/*.gguf if it is not set."""
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama in one safetensors file, float32, with a tokenizer and a chat template."""
+    from checkpoints import save_checkpoint
+
+    return save_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in several shards with an index."""
+    from checkpoints import save_checkpoint
+
+    return save_checkpoint(tmp_path_factory.mktemp("sharded"), max_shard_size="10KB")
+
+
+@pytest.fixture(scope="session")
+def sample_model() -> Path:
+    """SmolLM2-135M-Instruct as a .gguf file."""
+    named = os.environ.get(SAMPLE_MODEL)
+    found = [Path(named)] if named else sorted(Path(__file__).parent.parent.glob("build/sample/*.gguf"))
+    if not found or not found[0].is_file():
+        pytest.skip(f"no sample model: run `make sample`, or set {SAMPLE_MODEL}")
+    return found[0]
