@@ -132,6 +132,8 @@ def _grid() -> tuple[Case, ...]:
         Case((9000, 700), (1, 1), "more candidates than shared memory holds, decode", heads=(2, 1), config=many),
         Case((9000, 7100), (1, 1), "more candidates than shared memory holds, reuse", heads=(2, 1), config=many,
              nodes="kept", refresh=False),
+        *(Case((24, 25, 27, 28, 29), (1,) * 5, f"reuse of level {level} where candidates just fit", nodes="kept",
+               refresh=False, config=SMALL.replace(reuse_level=level)) for level in (0, 1)),
         Case((700, 3, 100, 20), (1, 1, 0, 1), "split, some with nothing", config=wide),
         Case((700, 500, 64, 65), (1, 1, 1, 1), "split, reused nodes", config=wide, nodes="kept", refresh=False),
         Case((4500, 4095, 4096), (1, 1, 1), "dense decode, every split", dense=True, heads=(2, 1)),

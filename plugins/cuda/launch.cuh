@@ -7,7 +7,7 @@
 namespace hip_trt
 {
 
-// Shared memory that a kernel gets without asking; the most that every supported GPU grants is 99 KiB.
+// Shared memory that a kernel gets without asking.
 constexpr size_t kDefaultSharedBytes = 48 * 1024;
 
 template <typename... Parameters>

@@ -6,6 +6,7 @@
 namespace hip_trt
 {
 
+constexpr size_t kMaxSharedBytes = 99 * 1024; // of a thread block, on every supported GPU
 constexpr int kSearchQueries = 64; // sampled queries that are scored at once
 constexpr int kPrefillSearchThreads = 128;
 constexpr int kDecodeSearchThreads = 256;

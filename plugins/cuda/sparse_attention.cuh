@@ -5,6 +5,7 @@
 
 #include "kernels.cuh"
 #include "launch.cuh"
+#include "plan.cuh"
 #include "query_block.cuh"
 #include "warp_tile.cuh"
 
@@ -65,6 +66,7 @@ struct SparseAttention
         T values[kStages][kTileTokens * kStride];
         int tokens[kStages][kTileTokens];
     };
+    static_assert(sizeof(Shared) <= kMaxSharedBytes, "too much for some GPU");
 
     // A softmax under way, for row g (0) and row g + 8 (1) of the warp, in the layout of warp_tile.cuh.
     struct State
