@@ -88,10 +88,11 @@ def _check_model(model: nn.Module) -> None:
     config: PreTrainedConfig = model.config
     layer_types = getattr(config, "layer_types", None)
     sliding_window = None if layer_types else getattr(config, "sliding_window", None)
+    causal = getattr(config, "is_causal", True) and all(getattr(part, "is_causal", True) for part in model.modules())
     for unsupported, what in (
         (config.is_encoder_decoder, "is an encoder-decoder"),
         (config.sub_configs, "is made of several models"),
-        (not getattr(config, "is_causal", True), "does not attend causally (is_causal false)"),
+        (not causal, "does not attend causally (is_causal false)"),
         (set(layer_types or ()) - {"full_attention"}, f"mixes attention types (layer_types {layer_types})"),
         (sliding_window is not None, f"has a sliding window (sliding_window {sliding_window})"),
         (getattr(config, "attn_logit_softcapping", None) is not None, "caps logits (attn_logit_softcapping)"),
