@@ -178,6 +178,7 @@ def _grid() -> tuple[Case, ...]:
     page, block = SMALL.page_size, SMALL.block_k
     paper = SMALL.replace(branch=2, leaf_branch=2, reuse_level=0, mask_heads="query")
     blocks = Case((0,), (0,), head_dim=64, values="blocks")
+    fits = Case((24, 25, 28, 29), (1, 1, 1, 1))  # three candidates up to 28, as many as are chosen
     reuse = replace(blocks, past_lengths=(250, 187), query_lengths=(1, 1), nodes="kept", refresh=False)
     grid = [
         Case((0,), (1,), "first token"),
@@ -202,7 +203,11 @@ def _grid() -> tuple[Case, ...]:
         Case((500, 410), (1, 1), "refresh ignores nodes", nodes="kept"),
         Case((150, 180), (9, 5), "prefill ignores nodes", nodes="kept", refresh=False),
         Case((150, 180), (1, 0), "idle keeps nodes", nodes="kept", refresh=False),
-        Case((46, 47, 48, 49), (1, 1, 1, 1), "reuse where candidates nearly fit", nodes="kept", refresh=False),
+        replace(fits, name="search where candidates just fit, or not"),
+        replace(fits, name="reuse where candidates just fit, or not", nodes="kept", refresh=False),
+        replace(fits, name="the paper's search where candidates just fit, or not", config=paper),
+        replace(fits, name="the paper's reuse where candidates just fit, or not", config=paper, nodes="kept",
+                refresh=False),
         Case((0, 90), (120, 30), "mask per query head", config=SMALL.replace(mask_heads="query")),
         Case((120, 310), (1, 1), "mask per query head, decode", config=SMALL.replace(mask_heads="query")),
         Case((0, 50), (120, 90), "nine query heads on three", heads=(9, 3)),

@@ -105,6 +105,25 @@ def test_nodes_are_clipped_to_the_candidates() -> None:
     assert tree.children(torch.tensor([0, 1]), 2).tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("candidates", "level"), [(1, 0), (10, 0), (11, 1), (30, 1), (31, 2), (90, 2), (91, 3), (270, 3), (271, 4)]
+)
+def test_start_level_is_the_lowest_that_holds_all_nodes(candidates: int, level: int) -> None:
+    """Two of each level are kept: level 0 holds 2 x 5 blocks, others 2 x 3 nodes, of 5, 15, 45 ... blocks."""
+    assert Tree(0, candidates, branch=3, leaf_branch=5).start_level(2) == level
+
+
+def test_candidates_that_just_fit_leave_no_nodes() -> None:
+    """They are not searched, so there is nothing to reuse; one more candidate and there is."""
+    config = HALVING.replace(reuse_level=0)
+    for tokens, searched in ((5, False), (7, True)):
+        blocks, kept = select_blocks(
+            torch.ones(1, 1, 1), torch.zeros(tokens, 1), torch.tensor([tokens - 1]), config=config, decode=True
+        )
+        assert blocks.tolist() == [0, 1, tokens // 2]
+        assert (kept is not None) == searched
+
+
 def test_equal_scores_go_to_the_lower_index() -> None:
     blocks, kept = search(torch.ones(1, 1), keys_of(*[1.0] * 8), Tree(0, 8, 2, 2), **BUDGET)
     assert kept is not None
