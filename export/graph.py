@@ -11,7 +11,7 @@ import copy
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 from hip_trt import operator
 from hip_trt.config import HipConfig
 from hip_trt.export.families import Family
+from hip_trt.export.layers import TRACED, layer_of, renumber, repeat_layers
 from hip_trt.spec import Logits
 
 OPSET = 20
@@ -117,7 +118,7 @@ class Trace:
 
     Attributes:
         model: the graph; initializers named in ``weights`` have no value yet.
-        weights: by initializer name, in the order in which the graph uses them.
+        weights: by initializer name.
     """
 
     model: ir.Model
@@ -141,7 +142,7 @@ def buffers(family: Family, config: PreTrainedConfig) -> dict[str, Tensor]:
 
 def trace(model_config: PreTrainedConfig, config: HipConfig, *, dtype: torch.dtype, logits: Logits,
           constants: Mapping[str, Tensor]) -> Trace:
-    """Trace the model graph.
+    """Make the model graph. Three layers are traced and the others copied, unless layers turn out to differ.
 
     Args:
         model_config: the architecture and its sizes.
@@ -151,10 +152,29 @@ def trace(model_config: PreTrainedConfig, config: HipConfig, *, dtype: torch.dty
         constants: value of each buffer, see :func:`buffers`.
     """
     layers = model_config.num_hidden_layers
+    traced = _trace(model_config, config, dtype, logits, constants, min(layers, TRACED))
+    if layers <= TRACED:
+        return traced
+    if not repeat_layers(traced.model.graph, layers, config.dense_layers):
+        return _trace(model_config, config, dtype, logits, constants, layers)
+    for name, weight in list(traced.weights.items()):
+        if layer_of(name) == TRACED - 1:
+            for layer in range(TRACED, layers):
+                traced.weights[renumber(name, layer)] = Weight(renumber(weight.parameter, layer), weight.transposed)
+    return traced
+
+
+def _trace(
+    model_config: PreTrainedConfig, config: HipConfig, dtype: torch.dtype, logits: Logits,
+    constants: Mapping[str, Tensor], layers: int,
+) -> Trace:
+    """The graph of a model with this many layers."""
+    model_config = copy.deepcopy(model_config)
+    model_config.num_hidden_layers = layers
     with _quiet():
         with FakeTensorMode():
             causal_lm = AutoModelForCausalLM.from_config(
-                copy.deepcopy(model_config), dtype=dtype, attn_implementation=ATTENTION
+                model_config, dtype=dtype, attn_implementation=ATTENTION
             ).eval()
             arguments, dynamic = _example(model_config, config, dtype)
         onnx_program = torch.onnx.export(
@@ -173,7 +193,7 @@ def trace(model_config: PreTrainedConfig, config: HipConfig, *, dtype: torch.dty
         onnxscript.optimizer.optimize_ir(model, num_iterations=1)  # a second round finds nothing and takes as long
         IdentityEliminationPass()(model)
     weights = _transpose_weights(model.graph, {name: Weight(name, False) for name in tied.values()})
-    _name_nodes(model)
+    _name_nodes(model, constants)
     return Trace(model, weights)
 
 
@@ -210,8 +230,11 @@ def _transpose_weights(graph: ir.Graph, weights: dict[str, Weight]) -> dict[str,
     return used
 
 
-def _name_nodes(model: ir.Model) -> None:
-    """Name nodes and their outputs by the module that they come from, and drop the exporter's notes on them."""
+def _name_nodes(model: ir.Model, constants: Container[str]) -> None:
+    """Name nodes and their outputs by the module that they come from, and drop the exporter's notes on them.
+
+    Other constants than those named get numbers.
+    """
     graph, counts = model.graph, Counter[str]()
     outputs = set(graph.outputs)
     for node in graph:
@@ -226,6 +249,11 @@ def _name_nodes(model: ir.Model) -> None:
             value.metadata_props.clear()
             if value not in outputs:
                 value.name = f"{node.name}_output_{index}"
+    for index, value in enumerate([value for value in graph.initializers.values() if value.const_value is not None]):
+        if value.name not in constants:
+            graph.initializers.pop(value.name)
+            value.name = f"constant_{index}"
+            graph.initializers.add(value)
     for value in (*graph.inputs, *graph.initializers.values()):
         value.metadata_props.clear()
     graph.name, graph.doc_string = "hip_trt", None

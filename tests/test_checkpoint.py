@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 from hip_trt.errors import CheckpointError
 from hip_trt.export import hub
 from hip_trt.export.checkpoint import Checkpoint, open_checkpoint
-from hip_trt.export.graph import parameter_shapes
+from hip_trt.export.graph import buffers, parameter_shapes
 from hip_trt.export.stored import check_shapes, convert
 
 
@@ -212,6 +212,29 @@ def test_rope_that_depends_on_length_is_refused(folder: Path, rope_type: str) ->
     edit_config(folder, rope_parameters={"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0,
                                          "original_max_position_embeddings": 256, **factors})
     fails(folder, "rope", rope_type, "llama3")
+
+
+@pytest.mark.parametrize("rope", [
+    {"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 32},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+], ids=lambda rope: rope["rope_type"])
+def test_rope_frequencies(tmp_path: Path, rope: dict[str, Any]) -> None:
+    model = tiny_llama(rope_parameters={"rope_theta": 1000.0, **rope})
+    checkpoint = open_checkpoint(save_checkpoint(tmp_path, model))
+    frequencies = buffers(checkpoint.family, checkpoint.config)["model.rotary_emb.inv_freq"]
+    assert torch.equal(frequencies, model.model.rotary_emb.inv_freq)
+
+
+def test_rope_of_older_configurations(folder: Path) -> None:
+    """Before transformers 5: rope_theta and rope_scaling."""
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["rope_parameters"]
+    fields |= {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    (folder / "config.json").write_text(json.dumps(fields))
+    rope = open_checkpoint(folder).config.rope_parameters
+    assert (rope["rope_theta"], rope["rope_type"], rope["factor"]) == (500000.0, "linear", 4.0)
 
 
 def truncate(path: Path, keep: Callable[[int], int]) -> None:

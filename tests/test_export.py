@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from checkpoints import VOCABULARY, save_checkpoint, save_gguf, tiny_llama
@@ -28,7 +29,9 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 from hip_trt import operator as names
 from hip_trt.config import HipConfig
 from hip_trt.errors import CheckpointError, ConfigError, ExportError
-from hip_trt.export import ExportedModel, export_onnx, onnx_export
+from hip_trt.export import ExportedModel, export_onnx, graph, onnx_export
+from hip_trt.export.families import FAMILIES
+from hip_trt.export.layers import repeat_layers
 from hip_trt.spec import METADATA_KEY, ModelSpec
 
 SPARSE = HipConfig.create(
@@ -43,9 +46,21 @@ Array = np.ndarray[Any, Any]
 
 
 @pytest.fixture(scope="session")
-def dense_model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportedModel:
+def traced_export(
+    tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ExportedModel, graph.Trace]:
+    """:func:`dense_model`, and the graph that its export traced."""
+    traces: list[graph.Trace] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_export, "trace", lambda *args, **options: traces.append(graph.trace(*args, **options))
+                      or traces[0])
+        return export_onnx(tiny_folder, tmp_path_factory.mktemp("dense"), config=DENSE), traces[0]
+
+
+@pytest.fixture(scope="session")
+def dense_model(traced_export: tuple[ExportedModel, graph.Trace]) -> ExportedModel:
     """The tiny checkpoint, with a budget that no prompt here exceeds."""
-    return export_onnx(tiny_folder, tmp_path_factory.mktemp("dense"), config=DENSE)
+    return traced_export[0]
 
 
 @pytest.fixture(scope="session")
@@ -176,9 +191,10 @@ def test_weights(dense_model: ExportedModel, tiny_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_precision_rules(tiny_folder: Path, tmp_path: Path, dtype: str) -> None:
+def test_precision_rules(tmp_path: Path, dtype: str) -> None:
     """Norms and rotary angles in float32, all else in the model's type, as Hugging Face has it."""
-    exported = export_onnx(tiny_folder, tmp_path, config=SPARSE, dtype=dtype)
+    model = tiny_llama(num_hidden_layers=1)
+    exported = export_onnx(save_checkpoint(tmp_path / "model", model), tmp_path, config=SPARSE, dtype=dtype)
     onnx.checker.check_model(exported.path, full_check=True)
     graph = onnx.load(exported.path, load_external_data=False).graph
     kind = TensorProto.FLOAT16 if dtype == "float16" else TensorProto.BFLOAT16
@@ -195,9 +211,68 @@ def test_precision_rules(tiny_folder: Path, tmp_path: Path, dtype: str) -> None:
     assert next(v for v in graph.output if v.name == "logits").type.tensor_type.elem_type == TensorProto.FLOAT
     if dtype == "float16":
         prompt = tokens(40)
-        model = LlamaForCausalLM.from_pretrained(tiny_folder)
         logits = GraphRunner(exported.path, table()).step([prompt])
         assert np.abs(logits[0, 0] - expected_logits(model, prompt)[-1]).max() < 0.15
+
+
+def test_copied_layers_equal_traced_ones() -> None:
+    config, hip = tiny_llama(num_hidden_layers=4, attention_bias=True).config, SPARSE.replace(dense_layers=[1, 3])
+    constants = graph.buffers(FAMILIES["LlamaForCausalLM"], config)
+    copied = graph.trace(config, hip, dtype=torch.float16, logits="last", constants=constants)
+    whole = graph._trace(config, hip, torch.float16, "last", constants, 4)
+    assert copied.weights == whole.weights
+
+    def proto(traced: graph.Trace) -> onnx.GraphProto:
+        for name in traced.weights:  # protocol buffers want a value
+            traced.model.graph.initializers[name].const_value = ir.tensor(np.zeros(1, np.float16), name=name)
+        return ir.serde.serialize_model(traced.model).graph
+
+    def nodes(made: onnx.GraphProto) -> list[tuple[Any, ...]]:
+        values = {tensor.name: tensor.raw_data for tensor in made.initializer if tensor.name.startswith("constant")}
+        return [
+            (node.name, node.op_type, [values.get(name, name) for name in node.input], list(node.output),
+             sorted(field.SerializeToString() for field in node.attribute))
+            for node in made.node
+        ]
+
+    one, other = proto(copied), proto(whole)
+    assert nodes(one) == nodes(other)
+    assert list(one.input) == list(other.input)
+    assert list(one.output) == list(other.output)
+
+
+def test_all_layers_are_traced_where_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[int] = []
+    empty = graph.Trace(ir.Model(ir.Graph((), (), nodes=()), ir_version=10), {})
+    monkeypatch.setattr(graph, "_trace", lambda *args: traced.append(args[-1]) or empty)
+    config = tiny_llama(num_hidden_layers=5).config
+    graph.trace(config, SPARSE, dtype=torch.float16, logits="last", constants={})
+    assert traced == [3, 5]
+
+
+def test_layers_that_differ_are_not_copied() -> None:
+    """A third layer with other settings, another operator, or input from elsewhere than its predecessor."""
+    def model(*, axis: int = -1, operator: str = "Relu", source: str = "model.layers.1/Add") -> ir.Model:
+        text = """<ir_version: 10, opset_import: ["" : 20]>
+            g (float[2, 2] x) => (float[2, 2] y) {
+                "model.layers.0/Softmax" = Softmax <axis = -1> (x)
+                "model.layers.0/Add" = Relu ("model.layers.0/Softmax")
+                "model.layers.1/Softmax" = Softmax <axis = -1> ("model.layers.0/Add")
+                "model.layers.1/Add" = Relu ("model.layers.1/Softmax")
+                "model.layers.2/Softmax" = Softmax <axis = AXIS> ("SOURCE")
+                "model.layers.2/Add" = OPERATOR ("model.layers.2/Softmax")
+                y = Neg ("model.layers.2/Add")
+            }""".replace("AXIS", str(axis)).replace("OPERATOR", operator).replace("SOURCE", source)
+        made = ir.from_onnx_text(text)
+        for node in made.graph:
+            node.name = node.outputs[0].name
+        return made
+
+    assert repeat_layers(model().graph, 5, ()) is True
+    for changed in ({"axis": 0}, {"operator": "Sigmoid"}, {"source": "model.layers.0/Add"}, {"source": "x"}):
+        made = model(**changed)
+        assert repeat_layers(made.graph, 5, ()) is False
+        assert len(list(made.graph)) == 7
 
 
 # What it computes
@@ -299,9 +374,8 @@ def test_shared_prefix_pages(sparse_model: ExportedModel) -> None:
     ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
       "original_max_position_embeddings": 32}, {"attention_bias": True, "tie_word_embeddings": True}),
     ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
-     {"mlp_bias": True, "head_dim": 16}),
-    ({"rope_type": "linear", "factor": 2.0}, {"num_key_value_heads": 4, "hidden_act": "gelu"}),
-], ids=["llama3", "yarn", "linear"])
+     {"mlp_bias": True, "head_dim": 16, "num_key_value_heads": 4, "hidden_act": "gelu"}),
+], ids=["llama3", "yarn"])
 def test_variants_equal_hugging_face(tmp_path: Path, rope: dict[str, Any], fields: dict[str, Any]) -> None:
     model = tiny_llama(num_hidden_layers=1, rope_parameters={"rope_theta": 1000.0, **rope}, **fields)
     exported = export_onnx(save_checkpoint(tmp_path / "model", model), tmp_path, config=DENSE)
@@ -332,17 +406,9 @@ def test_gguf(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> Exporter:
-    """export_onnx with a trace that is made once, for tests of what happens around it."""
-    cache: dict[str, Any] = {}
-    trace = onnx_export.trace
-
-    def cached(*args: Any, **options: Any) -> Any:
-        if "traced" not in cache:
-            cache["traced"] = trace(*args, **options)
-        return cache["traced"]
-
-    monkeypatch.setattr(onnx_export, "trace", cached)
+def quick(monkeypatch: pytest.MonkeyPatch, traced_export: tuple[ExportedModel, graph.Trace]) -> Exporter:
+    """export_onnx with a graph that is there already, for tests of what happens around it."""
+    monkeypatch.setattr(onnx_export, "trace", lambda *args, **options: traced_export[1])
     return lambda *args, **options: export_onnx(*args, **{"config": SPARSE, **options})
 
 
@@ -414,31 +480,39 @@ def test_space_is_checked_first(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_killed_export(dense_model: ExportedModel, tiny_folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_killed_export(dense_model: ExportedModel, tiny_folder: Path, tmp_path: Path) -> None:
     """Killed while it writes weights: the older export stays, and the next one clears what is left."""
-    out = tmp_path / "out"
-    shutil.copytree(dense_model.path.parent, out)
-    before = names_in(out)
-    program = (
-        "import sys, time\n"
-        "from hip_trt.config import HipConfig\n"
-        "from hip_trt.export import export_onnx, onnx_export\n"
-        "onnx_export.convert = lambda *args: (print('writing', flush=True), time.sleep(60))\n"
-        "export_onnx(sys.argv[1], sys.argv[2], config=HipConfig.create(mask_k=16))\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program, tiny_folder, out], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "writing\n"
-    process.send_signal(number)
-    assert process.wait(timeout=30) == (143 if number == signal.SIGTERM else -9)
-    left = [name for name in names_in(out) if name not in before]
-    assert len(left) == (number == signal.SIGKILL)
-    assert all(name.startswith(".") for name in left)
-    GraphRunner(dense_model.path, table()).step([[1, 2, 3]])
-    with pytest.raises(CheckpointError):  # any next export, even one that fails
-        export_onnx("/no/such/folder", out)
-    assert names_in(out) == before
+    program = """
+import sys, time
+from hip_trt.export import export_onnx, onnx_export
+
+def write(checkpoint, traced, dtype, stage, stem, advance):
+    (stage.path / "weights").write_bytes(bytes(1000))
+    print("writing", flush=True)
+    time.sleep(60)
+
+onnx_export.trace = lambda *args, **options: None
+onnx_export._write_weights = write
+export_onnx(sys.argv[1], sys.argv[2])
+"""
+    processes = {}
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        out = Path(shutil.copytree(dense_model.path.parent, tmp_path / number.name))
+        command = [sys.executable, "-c", program, tiny_folder, out]
+        processes[number] = out, subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    before = names_in(dense_model.path.parent)
+    for number, (out, process) in processes.items():
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        process.send_signal(number)
+        assert process.wait(timeout=30) == (143 if number == signal.SIGTERM else -9)
+        left = [name for name in names_in(out) if name not in before]
+        assert len(left) == (number == signal.SIGKILL)
+        assert all(name.startswith(".") for name in left)
+        GraphRunner(out / "model.onnx", table()).step([[1, 2, 3]])
+        with pytest.raises(CheckpointError):  # any next export, even one that fails
+            export_onnx("/no/such/folder", out)
+        assert names_in(out) == before
 
 
 @pytest.mark.parametrize(("options", "words"), [
