@@ -227,10 +227,13 @@ class Library:
             status = self._functions.hipTrtAttention(ctypes.byref(params), stream)
         if status != 0:
             self.validate(config, shape, scale=scale, dense=dense)
-            text = self._functions.hipTrtStatusText(status).decode()
+            text, remedy = self._functions.hipTrtStatusText(status).decode(), ""
             if status == _CUDA_ERROR:
-                text = f"{text}: {self._functions.hipTrtLastCudaError().decode()}"
-            raise PluginError(f"HipAttention on {query.device}: {text}.")
+                name = self._functions.hipTrtLastCudaError().decode()
+                text = f"{text}: {name}"
+                if name == "cudaErrorNoKernelImageForDevice":
+                    remedy = "Build hip-trt for this GPU: set HIP_TRT_CUDA_ARCHITECTURES=native and install it again."
+            raise PluginError(f"HipAttention on {query.device}: {text}.", remedy)
         return tensors["output"], tensors["present_key"], tensors["present_value"], tensors["present_nodes"]
 
     @contextmanager

@@ -195,6 +195,16 @@ def test_refuses_a_workspace_that_is_too_small(library: Library) -> None:
         )
 
 
+def test_names_the_cuda_error(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = named("second chunk")
+    failing = emulated.EmulatedLibrary(library.path)
+    monkeypatch.setattr(failing._functions, "hipTrtAttention", lambda *arguments: binding._CUDA_ERROR)
+    monkeypatch.setattr(failing._functions, "hipTrtLastCudaError", lambda: b"cudaErrorNoKernelImageForDevice")
+    with pytest.raises(PluginError, match="a CUDA call failed: cudaErrorNoKernelImageForDevice") as error:
+        failing.attention(**make_inputs(case), config=case.config, scale=1.0)
+    assert "HIP_TRT_CUDA_ARCHITECTURES" in error.value.remedy
+
+
 def test_refuses_tensors_of_the_cpu() -> None:
     if emulated.compiler() is None:
         pytest.skip("the kernels are emulated with a C++ compiler")
