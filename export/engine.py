@@ -79,7 +79,7 @@ def build_engine(
     plugin = library.plugin_path()
     flavour.load_plugin(plugin)
     with staging(out.parent) as stage:
-        require_space(stage.path, sum(path.stat().st_size for path in source.data))  # a plan holds the weights
+        require_space(stage.target, sum(path.stat().st_size for path in source.data))  # a plan holds the weights
         build = _Build(flavour, source, limits, targets)
         with steps.step(f"Read the model into {flavour}"):
             build.parse()

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -125,14 +126,19 @@ def test_onnx_file_keeps_its_function(onnx_path: Path, tmp_path: Path) -> None:
     assert onnx.load(onnx_path, load_external_data=False).functions
 
 
-def test_function_body_left_in_is_noticed(
-    onnx_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_that_the_plugin_did_not_get_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parser prefers a function body to a plugin: here one that TensorRT can read, left in."""
+    model = tiny_model(tiny_spec())
+    del model.functions[0].node[:]
+    model.functions[0].node.extend(
+        onnx.helper.make_node("Identity", [source], [target])
+        for source, target in zip(("query", "past_key", "past_value", "past_nodes"), operator.OUTPUTS, strict=True)
+    )
     monkeypatch.setattr(engine, "strip_function", lambda model: model)
     with pytest.raises(EngineError) as error:
-        build_engine(onnx_path, tmp_path / "engine.plan", compute_capabilities=["8.0"])
-    one_line(error)
-    assert not list(tmp_path.iterdir())
+        build_engine(save(model, tmp_path / "model.onnx"), tmp_path / "engine.plan", compute_capabilities=["8.0"])
+    one_line(error, "made 0 plugin layers of 2 HipAttention nodes")
+    assert not (tmp_path / "engine.plan").exists()
 
 
 # The other flavour's path, on the interfaces that both share. No TensorRT but TensorRT-RTX has run it.
@@ -342,6 +348,30 @@ def test_stopped_in_the_middle(onnx_path: Path, plan: Path, number: signal.Signa
         assert len(list(plan.parent.iterdir())) == 3
         build_engine(onnx_path, plan, compute_capabilities=["8.0"])
     assert len(list(plan.parent.iterdir())) == 2
+
+
+def test_signals_end_the_build_in_its_thread() -> None:
+    cancelled = threading.Event()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            engine._in_thread(lambda: cancelled.wait(60), cancelled)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert cancelled.is_set()
+
+
+def test_tensorrt_heeds_the_end(onnx_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def already_cancelled(work: Callable[[], bool], cancelled: threading.Event) -> bool:
+        cancelled.set()
+        return work()
+
+    monkeypatch.setattr(engine, "_in_thread", already_cancelled)
+    with pytest.raises(EngineError) as error:
+        build_engine(onnx_path, tmp_path / "engine.plan", compute_capabilities=["8.0"])
+    one_line(error, "BuildCanceled")
+    assert not list(tmp_path.iterdir())
 
 
 DISK_FULL = """

@@ -64,10 +64,11 @@ def resolve_config(config_file: Path | None, fields: dict[str, Any]) -> HipConfi
 
 def _annotation(name: str, field: FieldInfo) -> Any:
     default, whole = field.default, isinstance(field.default, int)
+    metavar: str | None
     if name == "dense_layers":
         metavar, shown = "0,1,...", "none"
     else:
-        metavar, shown = ("INTEGER" if whole else "kv|query"), str(default)
+        metavar, shown = (None if whole else "kv|query"), str(default)
     option = typer.Option(
         f"--{name.replace('_', '-')}", help=field.description, metavar=metavar, show_default=shown,
         rich_help_panel=_PANEL,

@@ -21,21 +21,25 @@ _MODEL_PANEL, _ENGINE_PANEL = "Model", "Engine"
 _EPILOG = """
 Examples:
 
-  A TensorRT engine, with the ONNX model and the tokenizer beside it; no GPU needed with TensorRT-RTX:
+  An engine, with the ONNX model and the tokenizer beside it. With TensorRT-RTX no GPU is needed:
 
-    hip-trt export --model meta-llama/Llama-3.1-8B-Instruct --allow-download --out build/engine.plan
+    hip-trt export --model ./SmolLM2-135M --out build/engine.plan
 
-  Only the ONNX model, from a local folder or GGUF file, in float32 for ONNX Runtime on the CPU:
+  Only the ONNX model, in float32 for ONNX Runtime on the CPU:
 
-    hip-trt export --model ./SmolLM2-135M-Instruct --out build/model.onnx --dtype float32
+    hip-trt export --model ./model.gguf --out build/model.onnx --dtype float32
 
-  An engine from an ONNX model that is there already, for two kinds of GPU:
+  From the Hugging Face hub:
 
-    hip-trt export --model build/model.onnx --out build/engine.plan --compute-capability 8.9 --compute-capability 12.0
+    hip-trt export --model org/name --allow-download --out build/engine.plan
+
+  An engine from an ONNX model that is there already, for one kind of GPU:
+
+    hip-trt export --model m.onnx --out m.plan --compute-capability 8.9
 
   A larger budget, and two layers dense:
 
-    hip-trt export --model ./model --out build/engine.plan --mask-k 2048 --dense-layers 0,1
+    hip-trt export --model ./m --out m.plan --mask-k 2048 --dense-layers 0,1
 """
 
 
