@@ -174,6 +174,20 @@ def test_order_of_pages_changes_no_bit(name: str) -> None:
     assert torch.equal(bits(moved_key), bits(key[order]))
 
 
+def test_reads_no_page_but_those_it_attends_to() -> None:
+    """Reused blocks need no search; all other pages lie outside the pool, so that reading one is an error."""
+    case = named("blocks: the paper's reuse")
+    inputs, table = make_inputs(case), make_inputs(case)["page_table"]
+    expected = reference(case, inputs)[0]
+    attended = attended_blocks(case, expected).any(dim=2).any(dim=1)  # [B, blocks]
+    pages = attended.unflatten(1, (-1, case.config.page_size // case.config.block_k)).any(dim=2)
+    used = table[:, : pages.shape[1]]
+    assert (~pages & (used >= 0)).any(dim=1).all(), "every sequence has a page that nothing attends to"
+    used[~pages] = 1_000_000
+    output, *_ = run(session(case.config, case.scale, case.dense, case.dtype), inputs | {"page_table": table})
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("opset", OPSET_VERSIONS)
 def test_opset_versions(opset: int) -> None:
     case = named("reuse and search at once")
