@@ -83,7 +83,7 @@ nvinfer1::IPluginCapability* HipAttentionPlugin::getCapabilityInterface(nvinfer1
     switch (type)
     {
     case nvinfer1::PluginCapabilityType::kCORE: return static_cast<nvinfer1::IPluginV3OneCore*>(this);
-    case nvinfer1::PluginCapabilityType::kBUILD: return static_cast<nvinfer1::IPluginV3OneBuild*>(this);
+    case nvinfer1::PluginCapabilityType::kBUILD: return static_cast<nvinfer1::IPluginV3OneBuildV2*>(this);
     case nvinfer1::PluginCapabilityType::kRUNTIME: return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
     }
     logError(mLayer, concat("capability ", static_cast<int32_t>(type), " is unknown to this plugin"));
@@ -211,6 +211,11 @@ size_t HipAttentionPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* input
 char const* HipAttentionPlugin::getMetadataString() noexcept
 {
     return mDescription.c_str();
+}
+
+int32_t HipAttentionPlugin::getAliasedInput(int32_t /*outputIndex*/) noexcept
+{
+    return -1;
 }
 
 int32_t HipAttentionPlugin::onShapeChange(

@@ -19,13 +19,13 @@ constexpr char const* kPLUGIN_NAMESPACE = "";
 
 //! The plugin keeps its configuration and nothing else, so clones and contexts share no state.
 //!
-//! The pools are not declared as aliased (IPluginV3OneBuildV2::getAliasedInput): that needs a preview feature switched
-//! on in every build, lets TensorRT copy a whole pool to keep the promise, and would forbid separate buffers, which the
-//! operator allows. Instead the caller binds past and present to one address, as both are tensors of the engine; the
-//! kernels see that and write only the new rows.
+//! The build capability is of its second version, which all supported TensorRTs know, but declares no output as aliased
+//! to an input: that needs a preview feature switched on in every build, lets TensorRT copy a whole pool to keep the
+//! promise, and would forbid separate buffers, which the operator allows. Instead the caller binds past and present to
+//! one address, as both are tensors of the engine; the kernels see that and write only the new rows.
 class HipAttentionPlugin final : public nvinfer1::IPluginV3,
                                  public nvinfer1::IPluginV3OneCore,
-                                 public nvinfer1::IPluginV3OneBuild,
+                                 public nvinfer1::IPluginV3OneBuildV2,
                                  public nvinfer1::IPluginV3OneRuntime
 {
 public:
@@ -40,7 +40,7 @@ public:
     nvinfer1::AsciiChar const* getPluginVersion() const noexcept override;
     nvinfer1::AsciiChar const* getPluginNamespace() const noexcept override;
 
-    // IPluginV3OneBuild
+    // IPluginV3OneBuildV2
     int32_t configurePlugin(nvinfer1::DynamicPluginTensorDesc const* in, int32_t nbInputs,
         nvinfer1::DynamicPluginTensorDesc const* out, int32_t nbOutputs) noexcept override;
     int32_t getOutputDataTypes(nvinfer1::DataType* outputTypes, int32_t nbOutputs, nvinfer1::DataType const* inputTypes,
@@ -54,6 +54,7 @@ public:
     size_t getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* inputs, int32_t nbInputs,
         nvinfer1::DynamicPluginTensorDesc const* outputs, int32_t nbOutputs) const noexcept override;
     char const* getMetadataString() noexcept override;
+    int32_t getAliasedInput(int32_t outputIndex) noexcept override;
 
     // IPluginV3OneRuntime
     int32_t onShapeChange(nvinfer1::PluginTensorDesc const* in, int32_t nbInputs, nvinfer1::PluginTensorDesc const* out,

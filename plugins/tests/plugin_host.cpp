@@ -72,9 +72,15 @@ Plugin::Plugin(nvinfer1::IPluginV3* owned)
         return;
     }
     core = static_cast<nvinfer1::IPluginV3OneCore*>(plugin->getCapabilityInterface(Type::kCORE));
-    build = static_cast<nvinfer1::IPluginV3OneBuild*>(plugin->getCapabilityInterface(Type::kBUILD));
+    build = static_cast<nvinfer1::IPluginV3OneBuildV2*>(plugin->getCapabilityInterface(Type::kBUILD));
     runtime = static_cast<nvinfer1::IPluginV3OneRuntime*>(plugin->getCapabilityInterface(Type::kRUNTIME));
-    CHECK(core != nullptr && build != nullptr && runtime != nullptr);
+    if (CHECK(core != nullptr && build != nullptr && runtime != nullptr))
+    {
+        CHECK_EQUAL(std::string{core->getInterfaceInfo().kind}, "PLUGIN_V3ONE_CORE");
+        CHECK_EQUAL(std::string{build->getInterfaceInfo().kind}, "PLUGIN_V3ONE_BUILD");
+        CHECK_EQUAL(build->getInterfaceInfo().major, 2);
+        CHECK_EQUAL(std::string{runtime->getInterfaceInfo().kind}, "PLUGIN_V3ONE_RUNTIME");
+    }
 }
 
 std::vector<std::vector<int64_t>> Geometry::shapes() const

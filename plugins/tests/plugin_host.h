@@ -23,7 +23,7 @@ struct Plugin
 
     std::unique_ptr<nvinfer1::IPluginV3> plugin;
     nvinfer1::IPluginV3OneCore* core{nullptr};
-    nvinfer1::IPluginV3OneBuild* build{nullptr};
+    nvinfer1::IPluginV3OneBuildV2* build{nullptr};
     nvinfer1::IPluginV3OneRuntime* runtime{nullptr};
 };
 

@@ -115,6 +115,11 @@ void checkCopies(Library const& library, HostLogger& logger)
     CHECK(
         description.find("mask_k=128 ") != std::string::npos && description.find("mask_heads=kv") != std::string::npos);
 
+    for (int32_t output = 0; output < kOUTPUTS; ++output)
+    {
+        CHECK_EQUAL(original.build->getAliasedInput(output), -1);
+    }
+
     // A context's plugin must work when those that it came from are gone.
     HostResourceContext context;
     Plugin clone{original.plugin->clone()};
