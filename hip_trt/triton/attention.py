@@ -8,7 +8,7 @@ from hip_trt.triton.cache import load_rows, pool_rows
 from hip_trt.triton.query_block import candidates, query_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["new_tokens", "page_slots", "chosen_slots"])
 def sparse_attention(
     query, keys, values, page_table, past_lengths, query_lengths, chosen, chosen_counts, output,
     scale, new_tokens, page_slots, chosen_slots,

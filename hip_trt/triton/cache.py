@@ -28,7 +28,7 @@ def load_rows(tensor, rows, valid, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
     return tl.load(tensor + rows[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["new_tokens", "page_slots"])
 def append(
     pool, new, page_table, past_lengths, query_lengths, new_tokens, page_slots,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr,

@@ -124,7 +124,7 @@ def _tile(rows: int) -> int:
     return int(min(64, max(16, triton.next_power_of_2(rows))))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["new_tokens", "page_slots", "kept_slots", "chosen_slots", "max_nodes", "budget"])
 def select_blocks(
     query, keys, page_table, past_lengths, query_lengths, past_nodes, refresh_mask,
     chosen, chosen_counts, present_nodes, nodes, scores,
