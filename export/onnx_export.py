@@ -103,7 +103,7 @@ def export_onnx(
         shapes = parameter_shapes(checkpoint.family, checkpoint.config)
         warnings = _check_checkpoint(checkpoint, shapes)
         size = sum(math.prod(shape) for shape in shapes.values()) * spec.torch_dtype.itemsize
-        require_space(stage.path, size + _SPARE)
+        require_space(stage.target, size + _SPARE)
         with steps.step("Save the tokenizer"):
             warnings += checkpoint.save_tokenizer(stage.path)
             side_files = _save_side_files(checkpoint, config, stage, path)

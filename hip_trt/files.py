@@ -27,7 +27,9 @@ from hip_trt.errors import ExportError
 _PREFIX, _SUFFIX = ".hip-trt-", ".partial"
 _LOCK = "lock"
 _CHUNK = 1 << 22
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+_UNWRITABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG
+)
 
 
 class Staging:
@@ -79,7 +81,7 @@ def staging(target: str | Path) -> Iterator[Staging]:
         ExportError: the folder cannot be made or written, or the disk is full, now or within the block.
     """
     target = Path(target)
-    created = [folder for folder in (target, *target.parents) if not folder.exists()]
+    created = [folder for folder in (target, *target.parents) if not os.path.exists(folder)]
     try:
         with _interruptible(), ExitStack() as stack:
             with explained_write_errors(target):

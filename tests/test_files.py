@@ -153,7 +153,7 @@ def test_full_disk_within_the_block(tmp_path: Path) -> None:
 
 def test_target_that_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for target in (tmp_path / "file", tmp_path / "file" / "below"):
+    for target in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("long" * 100), Path("/proc/no-such")):
         with pytest.raises(ExportError, match="cannot be written"), files.staging(target):
             pass
 
