@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -15,6 +15,7 @@ from hip_trt.errors import ExportError
 
 if TYPE_CHECKING:
     from hip_trt.sidecar import Sidecar
+    from hip_trt.spec import DType, Logits
 
 _ONNX_NAME = "model.onnx"
 _MODEL_PANEL, _ENGINE_PANEL = "Model", "Engine"
@@ -149,8 +150,8 @@ def export(
 
         exported = to.parent / _ONNX_NAME if wants_plan else to
         export_onnx(
-            model, exported, config=resolve_config(config_file, fields), dtype=dtype,
-            logits=logits or "last", allow_download=allow_download, steps=steps,
+            model, exported, config=resolve_config(config_file, fields), allow_download=allow_download, steps=steps,
+            dtype=cast("DType | None", dtype), logits=cast("Logits", logits or "last"),  # it refuses any other value
         )
         out().print(f"{exported}: ONNX, for any runtime", soft_wrap=True, highlight=False, markup=False)
     if build is not None:
