@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from hip_trt.gpu import cuda_driver
-
 # Tensors here are tiny, so threads cost more than they bring, and on a busy machine they spin while they wait for each
 # other. Set before torch starts its pool.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
 # Without a GPU, Triton kernels are interpreted. Triton reads this when it is first imported, as transformers does.
-if cuda_driver() is None:
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SAMPLE_MODEL = "HIP_TRT_SAMPLE"
