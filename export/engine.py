@@ -19,6 +19,7 @@ from hip_trt.errors import EngineError, EnvironmentProblem, ExportError
 from hip_trt.export.function import strip_function
 from hip_trt.export.onnx_export import SHARED_FILES
 from hip_trt.export.profiles import EngineLimits, graph_shapes, profiles
+from hip_trt.fat_binary import compiled_for
 from hip_trt.files import Staging, require_space, staging
 from hip_trt.gpu import ComputeCapability, current_gpu
 from hip_trt.onnx_file import OnnxFile, read_onnx
@@ -43,15 +44,17 @@ def build_engine(
 
     Both appear when all is done, and replace older ones then; a failure or an interrupt leaves what was there. In
     another folder than the model's, its tokenizer and configuration are copied beside them.
-    TensorRT-RTX needs no GPU; ``tensorrt`` builds for the GPU of this machine. TensorRT maps the weights into memory
-    and writes the plan in pieces, so no second copy of either is held.
+
+    TensorRT-RTX needs no GPU; ``tensorrt`` builds for the GPU of this machine. The weights are mapped, not read, and
+    the plan is written in pieces; TensorRT-RTX 1.7 itself takes memory for 1.8 times the weights.
 
     Args:
         onnx_path: a model from :func:`hip_trt.export.export_onnx`.
         out: the plan to write.
         runtime: "auto", "tensorrt" or "tensorrt-rtx", or a flavour in hand.
-        compute_capabilities: GPUs to build for, such as "8.9". By default all that TensorRT-RTX supports, which costs
-            neither time nor size; for ``tensorrt``, that of the GPU here, the only one possible.
+        compute_capabilities: GPUs to build for, such as "8.9". By default all that TensorRT-RTX and the plugin's
+            kernels run on, which costs neither time nor size; for ``tensorrt``, that of the GPU here, the only one
+            possible.
         max_batch: sequences per call; 4 by default.
         max_prefill: new tokens per sequence and call; longer prompts are split. 2048 by default.
         max_seq_len: tokens per sequence, prompt and generated together; by default the model's context length.
@@ -118,35 +121,57 @@ def resolve_compute_capabilities(
 ) -> tuple[ComputeCapability, ...]:
     """The compute capabilities to build for, ascending.
 
+    Args:
+        flavour: the TensorRT that builds.
+        wanted: as for :func:`build_engine`; the default is what both TensorRT and the plugin's kernels run on.
+
     Raises:
-        EngineError: one is malformed, or the flavour cannot build for it.
+        EngineError: one is malformed, or the flavour cannot build for it, or the plugin has no kernels for it.
         EnvironmentProblem: the flavour builds on a GPU, and there is none.
+        PluginError: the plugin library is missing.
     """
     try:
         parsed = sorted({item if isinstance(item, ComputeCapability) else ComputeCapability.parse(item)
                          for item in wanted})
     except ValueError as error:
         raise EngineError(f"compute_capabilities: {error}.") from None
+    targets = _ahead_of_time(flavour, parsed) if flavour.ahead_of_time else _for_gpu_here(flavour, parsed)
+    kernels = compiled_for(library.plugin_path())
+    runnable = tuple(target for target in targets if kernels.runs_on(target))
+    if (parsed and runnable != targets) or not runnable:
+        missing = next(target for target in targets if target not in runnable)
+        raise EngineError(
+            f"compute_capabilities: the plugin library has no kernels for {missing}; it has them for {kernels}.",
+            f"Install hip-trt again with HIP_TRT_CUDA_ARCHITECTURES={missing.major}{missing.minor}.",
+        )
+    return runnable
+
+
+def _ahead_of_time(flavour: Flavour, wanted: Sequence[ComputeCapability]) -> tuple[ComputeCapability, ...]:
+    """Those wanted, or all that can be had."""
     allowed = flavour.compute_capabilities
-    if flavour.ahead_of_time:
-        for capability in parsed:
-            if capability not in allowed:
-                raise EngineError(
-                    f"compute_capabilities: {flavour} builds for {', '.join(map(str, allowed))}, not for {capability}.",
-                    "Hopper GPUs need the full TensorRT: use --runtime tensorrt on a machine with one."
-                    if capability.major == 9 else "Choose among those.",
-                )
-        return tuple(parsed) or allowed
+    for capability in wanted:
+        if capability not in allowed:
+            raise EngineError(
+                f"compute_capabilities: {flavour} builds for {', '.join(map(str, allowed))}, not for {capability}.",
+                "Hopper GPUs need the full TensorRT: use --runtime tensorrt on a machine with one."
+                if capability.major == 9 else "Choose among those.",
+            )
+    return tuple(wanted) or allowed
+
+
+def _for_gpu_here(flavour: Flavour, wanted: Sequence[ComputeCapability]) -> tuple[ComputeCapability, ...]:
+    """That of this machine's GPU, if no other is wanted."""
     gpu = current_gpu()
     if gpu is None:
         raise EnvironmentProblem(
             f"{flavour} builds engines on the GPU that they will run on, and there is none here.",
             "Run it on a machine with that GPU, or use --runtime tensorrt-rtx, which needs none.",
         )
-    if parsed not in ([], [gpu.compute_capability]):
+    if any(capability != gpu.compute_capability for capability in wanted):
         raise EngineError(
             f"compute_capabilities: {flavour} builds for the GPU here only, {gpu.name} ({gpu.compute_capability}), not "
-            f"for {', '.join(map(str, parsed))}.",
+            f"for {', '.join(map(str, wanted))}.",
             "Leave --compute-capability out, or run it on a machine with that GPU.",
         )
     return (gpu.compute_capability,)

@@ -185,7 +185,7 @@ def _memory() -> Check:
     low = size < _LOW_MEMORY
     return Check(
         name="memory", status="note" if low else "ok", found=f"{format_size(size)} available",
-        remedy="Exporting takes up to 1.3 times the size of the weights, and at least 2 GB." if low else "",
+        remedy="Exporting takes at least 2 GB, and an engine build twice the size of the weights." if low else "",
     )
 
 

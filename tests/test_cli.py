@@ -87,6 +87,7 @@ def test_wrong_usage_exits_with_2() -> None:
     assert result.exit_code == 2
     assert "--model" in result.stderr
     assert run("export", "--model", "m", "--out", "x.plan", "--mask-k", "many").exit_code == 2
+    assert run("export", "--model", "m", "--out", "x.plan", "--max-batch", "0").exit_code == 2
 
 
 # HipConfig from options and files

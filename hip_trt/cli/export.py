@@ -103,26 +103,26 @@ def export(
     ] = None,
     max_batch: Annotated[
         int | None,
-        typer.Option(rich_help_panel=_ENGINE_PANEL, show_default="4", help="Most sequences per call."),
+        typer.Option(min=1, rich_help_panel=_ENGINE_PANEL, show_default="4", help="Most sequences per call."),
     ] = None,
     max_prefill: Annotated[
         int | None,
         typer.Option(
-            rich_help_panel=_ENGINE_PANEL, show_default="2048",
+            min=1, rich_help_panel=_ENGINE_PANEL, show_default="2048",
             help="Most new tokens per sequence and call; longer prompts are split.",
         ),
     ] = None,
     max_seq_len: Annotated[
         int | None,
         typer.Option(
-            rich_help_panel=_ENGINE_PANEL, show_default="the model's context length",
+            min=1, rich_help_panel=_ENGINE_PANEL, show_default="the model's context length",
             help="Most tokens per sequence, prompt and generated together.",
         ),
     ] = None,
     max_pages: Annotated[
         int | None,
         typer.Option(
-            rich_help_panel=_ENGINE_PANEL, show_default="enough for every sequence at its longest",
+            min=1, rich_help_panel=_ENGINE_PANEL, show_default="enough for every sequence at its longest",
             help="Most pages in the KV pool.",
         ),
     ] = None,
