@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from hip_trt import doctor, library
@@ -168,6 +169,17 @@ def test_this_machine() -> None:
     names = [item.name for item in diagnose().checks]
     assert names[:2] == ["Python", "torch"]
     assert {"plugin", "memory", "disk"} <= set(names)
+
+
+@pytest.mark.gpu
+def test_gpus_are_those_that_torch_sees() -> None:
+    driver = cuda_driver()
+    assert driver is not None
+    assert len(driver.gpus) == torch.cuda.device_count()
+    for gpu in driver.gpus:
+        properties = torch.cuda.get_device_properties(gpu.index)
+        assert (gpu.name, gpu.memory) == (properties.name, properties.total_memory)
+        assert gpu.compute_capability == ComputeCapability(properties.major, properties.minor)
 
 
 # What a library was compiled for
