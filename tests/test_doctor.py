@@ -172,6 +172,7 @@ def test_this_machine() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_gpus_are_those_that_torch_sees() -> None:
     driver = cuda_driver()
     assert driver is not None
