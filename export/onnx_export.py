@@ -97,6 +97,8 @@ def export_onnx(
     _check_choice("logits", logits, get_args(Logits))
     out = Path(out)
     path = out if out.suffix == ".onnx" else out / "model.onnx"
+    if path.is_dir():
+        raise ExportError(f"{path}: a folder stands where a file should go.", "Choose another --out.")
     with staging(path.parent) as stage:
         checkpoint = open_checkpoint(model, allow_download=allow_download, steps=steps)
         spec = _spec(checkpoint, config, dtype, logits)

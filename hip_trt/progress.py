@@ -66,7 +66,3 @@ class Step:
     def __call__(self, count: int) -> None:
         """Add ``count`` bytes to what is done."""
         self._progress.advance(self._task, count)
-
-    def describe(self, title: str) -> None:
-        """Change the text shown."""
-        self._progress.update(self._task, description=title)

@@ -526,6 +526,14 @@ def test_bad_arguments(tiny_folder: Path, tmp_path: Path, options: dict[str, Any
     assert not (tmp_path / "out").exists()
 
 
+def test_folder_in_the_way(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").mkdir()
+    for out in (tmp_path, tmp_path / "model.onnx"):
+        with pytest.raises(ExportError, match="a folder stands where"):
+            export_onnx(tiny_folder, out)
+    assert names_in(tmp_path) == ["model.onnx"]
+
+
 def test_warnings(quick: Exporter, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from safetensors.torch import load_file, save_file
 

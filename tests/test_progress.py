@@ -19,7 +19,6 @@ def test_terminal_shows_finished_steps() -> None:
     steps, text = steps_on(terminal=True)
     with steps.step("Write weights", total=3_000_000) as advance:
         advance(1_500_000)
-        advance.describe("Write more weights")
         advance(1_500_000)
     assert "✓" in text.getvalue()
     assert "Write weights" in text.getvalue().splitlines()[-1]
