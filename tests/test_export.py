@@ -216,10 +216,10 @@ def test_precision_rules(tmp_path: Path, dtype: str) -> None:
 
 
 def test_copied_layers_equal_traced_ones() -> None:
-    config, hip = tiny_llama(num_hidden_layers=4, attention_bias=True).config, SPARSE.replace(dense_layers=[1, 3])
+    config, hip = tiny_llama(num_hidden_layers=5, attention_bias=True).config, SPARSE.replace(dense_layers=[1, 3])
     constants = graph.buffers(FAMILIES["LlamaForCausalLM"], config)
     copied = graph.trace(config, hip, dtype=torch.float16, logits="last", constants=constants)
-    whole = graph._trace(config, hip, torch.float16, "last", constants, 4)
+    whole = graph._trace(config, hip, torch.float16, "last", constants, 5)
     assert copied.weights == whole.weights
 
     def proto(traced: graph.Trace) -> onnx.GraphProto:
