@@ -22,7 +22,7 @@ DENSE = HipConfig.create(
     mask_k=512, decode_mask_k=512, block_q=8, block_k=4, stride_q=4, page_size=8, sink_tokens=4, window_tokens=8
 )
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}  # float32, logits of about 10
-SPARSE = DENSE.replace(mask_k=16, decode_mask_k=16, branch=2, leaf_branch=2, refresh_interval=3)
+SPARSE = DENSE.replace(mask_k=16, decode_mask_k=8, branch=2, leaf_branch=2, refresh_interval=3)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +135,8 @@ def test_decode_nodes_are_kept_between_steps(model: LlamaForCausalLM) -> None:
     assert all((nodes[0, :, 0] >= 0).all() for nodes in kept)
     running.step([2])
     assert all(torch.equal(nodes, old) for nodes, old in zip(running.state.nodes, kept, strict=True))
+    running.append([[3, 4]])
+    assert all((nodes == -1).all() for nodes in running.state.nodes)
 
 
 def test_greedy_equals_transformers(model: LlamaForCausalLM) -> None:
@@ -186,10 +188,11 @@ def test_shared_prefix_page_changes_nothing(model: LlamaForCausalLM, hip: HipCon
     torch.testing.assert_close(shared.step([7, 7]), expected, **CLOSE)
 
 
-def test_shared_prefix_is_aligned_to_query_blocks(model: LlamaForCausalLM) -> None:
-    running = session(model, SPARSE.replace(block_q=32), batch=2)
+@pytest.mark.parametrize(("block_q", "page_size", "shared"), [(32, 8, 32), (8, 32, 32), (8, 12, 48), (8, 8, 56)])
+def test_shared_prefix_is_aligned(model: LlamaForCausalLM, block_q: int, page_size: int, shared: int) -> None:
+    running = session(model, SPARSE.replace(block_q=block_q, page_size=page_size), batch=2)
     running.append([prompt(90), []])
-    assert running.share_prefix(1, source=0, tokens=60) == 32
+    assert running.share_prefix(1, source=0, tokens=60) == shared
 
 
 def test_truncating_into_a_shared_page_copies_it(model: LlamaForCausalLM) -> None:

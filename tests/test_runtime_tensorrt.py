@@ -27,7 +27,7 @@ from hip_trt.sidecar import sidecar_path
 from hip_trt.tensorrt_flavour import MessageLog
 
 HIP = HipConfig.create(
-    mask_k=16, decode_mask_k=16, block_q=8, block_k=4, stride_q=4, page_size=8, sink_tokens=4, window_tokens=8,
+    mask_k=16, decode_mask_k=8, block_q=8, block_k=4, stride_q=4, page_size=8, sink_tokens=4, window_tokens=8,
     branch=2, leaf_branch=2, refresh_interval=3,
 )
 

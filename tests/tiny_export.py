@@ -13,7 +13,7 @@ from hip_trt.config import HipConfig
 from hip_trt.export import export_onnx
 
 SPARSE = HipConfig.create(
-    mask_k=16, decode_mask_k=16, block_q=8, block_k=4, stride_q=4, page_size=8, sink_tokens=4, window_tokens=8,
+    mask_k=16, decode_mask_k=8, block_q=8, block_k=4, stride_q=4, page_size=8, sink_tokens=4, window_tokens=8,
     branch=2, leaf_branch=2, refresh_interval=3,
 )
 EOS = 256

@@ -99,12 +99,16 @@ class Session:
         self._steps_since_refresh = 0
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.refreshed = False
-        # Decode steps use the same buffers every time, so that an executor can keep bindings and CUDA graphs.
+        # Decode steps use the same buffers every time, so that an executor can keep a binding or a CUDA graph.
         device = executor.device
         self._input_ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._query_lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._refresh_mask = torch.zeros(1, dtype=torch.int32, device=device)
         self._logits = torch.zeros(batch, 1, spec.vocab_size, dtype=torch.float32, device=device)
+        self._decode = self._graph(
+            self._input_ids, self.state.page_table, self.state.past_lengths, self._query_lengths, self.state.nodes,
+            self._logits,
+        )
 
     @property
     def batch(self) -> int:
@@ -167,10 +171,7 @@ class Session:
         self._input_ids.copy_(torch.tensor([[token or 0] for token in tokens]))
         self._query_lengths.copy_(torch.tensor([token is not None for token in tokens], dtype=torch.int32))
         self._refresh_mask.fill_(int(self.refreshed))
-        self._run(
-            self._input_ids, self.state.page_table, self.state.past_lengths, self._query_lengths, self.state.nodes,
-            self._logits,
-        )
+        self.executor.run(*self._decode)
         self.state.advance(rows, [1] * len(rows))
         for row in rows:
             self.tokens[row].append(tokens[row])  # type: ignore[arg-type]
@@ -212,11 +213,11 @@ class Session:
                 len(rows), width if spec.logits == "all" else 1, spec.vocab_size, dtype=torch.float32, device=device
             )
             self._refresh_mask.fill_(1)
-            self._run(
+            self.executor.run(*self._graph(
                 torch.tensor([part + [0] * (width - len(part)) for part in parts], device=device),
                 state.page_table[index], state.past_lengths[index],
                 torch.tensor(counts, dtype=torch.int32, device=device), nodes, logits,
-            )
+            ))
             for layer, new in zip(state.nodes, nodes, strict=True):
                 layer[index] = new
             self._steps_since_refresh = 0
@@ -227,7 +228,7 @@ class Session:
                 done[row] += len(part)
             yield Chunk(tuple(rows), starts, tuple(counts), logits)
 
-    def _run(
+    def _graph(
         self,
         input_ids: Tensor,
         page_table: Tensor,
@@ -235,8 +236,8 @@ class Session:
         query_lengths: Tensor,
         nodes: list[Tensor],
         logits: Tensor,
-    ) -> None:
-        """One call of the graph; pools and nodes are updated in place."""
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Inputs and outputs of a call; pools and nodes are updated in place."""
         inputs = {
             names.INPUT_IDS: input_ids,
             names.PAST_LENGTHS: past_lengths,
@@ -249,4 +250,4 @@ class Session:
             inputs[names.past_key_name(layer)] = outputs[names.present_key_name(layer)] = key
             inputs[names.past_value_name(layer)] = outputs[names.present_value_name(layer)] = value
             inputs[names.past_nodes_name(layer)] = outputs[names.present_nodes_name(layer)] = kept
-        self.executor.run(inputs, outputs)
+        return inputs, outputs
