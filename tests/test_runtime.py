@@ -463,6 +463,11 @@ def test_models_generation_config_is_the_default(model: LlamaForCausalLM) -> Non
     assert generator.generate([prompt(20)])[0].tokens == free[: free.index(free[4]) + 1]
     assert generator.generate([prompt(20)], eos_token_id=[])[0].tokens == free[:7]
     assert config.eos_token_id == free[4]
+    sampling = Generator(
+        OracleExecutor(model, SPARSE), generation_config=GenerationConfig(do_sample=True, temperature=9.0)
+    )
+    assert sampling.generate([prompt(20)], max_new_tokens=8, temperature=0)[0].tokens == free
+    assert sampling.generate([prompt(20)], max_new_tokens=8, seed=0)[0].tokens != free
 
 
 # Perplexity
@@ -516,6 +521,18 @@ def test_streamed_text_never_splits_a_character() -> None:
     assert [piece for piece in pieces if piece] == list(text)
     assert streamer.push(256) == ""
     assert streamer.finish() == ""
+
+
+class Halves(Bytes):
+    """A tokenizer none of whose tokens is a whole character."""
+
+    def decode(self, tokens: list[int], **options: bool) -> str:  # type: ignore[override]
+        return super().decode([128 + token for token in tokens], **options)
+
+
+def test_text_held_back_comes_with_the_last_token(model: LlamaForCausalLM) -> None:
+    steps = list(Generator(OracleExecutor(model, SPARSE), Halves()).stream([prompt(5)], max_new_tokens=3))
+    assert [step.texts[0] for step in steps] == ["", "", "\ufffd" * 3]
 
 
 def test_broken_bytes_are_flushed_at_the_end() -> None:

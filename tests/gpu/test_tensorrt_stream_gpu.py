@@ -15,7 +15,7 @@ from hip_trt import operator as names
 from hip_trt.runtime.tensorrt import CudaStream, TensorRTExecutor
 from hip_trt.tensorrt_flavour import MessageLog
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
 class Context:
