@@ -85,7 +85,7 @@ def test_tensors_of_any_layout() -> None:
     case = brief(named("ragged"))
     inputs = {name: tensor.to(DEVICE) for name, tensor in make_inputs(case).items()}
     expected = hip_attention(**inputs, config=case.config, scale=case.scale)
-    for name in ("query", "key", "value"):
+    for name in ("query", "key", "value", "past_key", "past_value"):
         inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
     for actual, other in zip(hip_attention(**inputs, config=case.config, scale=case.scale), expected, strict=True):
         torch.testing.assert_close(actual, other, atol=0, rtol=0, equal_nan=True)

@@ -80,7 +80,7 @@ def hip_attention(
     nodes = torch.empty((*nodes_shape[:-1], max_nodes), dtype=torch.int32, device=query.device)
     scores = torch.empty(nodes.shape, dtype=torch.float32, device=query.device)
     output = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    present_key, present_value = past_key.clone(), past_value.clone()
+    present_key, present_value = (pool.clone(memory_format=torch.contiguous_format) for pool in (past_key, past_value))
     present_nodes = torch.where(query_lengths[:, None, None] == 0, past_nodes, -1).contiguous()
     query, key, value, page_table, past_nodes = (
         tensor.contiguous() for tensor in (query, key, value, page_table, past_nodes)
