@@ -13,7 +13,8 @@ reference. Example::
     output, present_key, present_value, present_nodes = torch.ops.hip_trt.attention(query, key, ..., **attributes)
 
 ``attention`` copies both page pools and returns output, present_key, present_value and present_nodes. ``attention_``
-copies nothing: it writes the new rows into past_key and past_value, the kept nodes into past_nodes, and returns output.
+writes the new rows into past_key and past_value and the kept nodes into past_nodes, which must be contiguous, and
+returns output; on CUDA it copies nothing else.
 
 Raises:
     RuntimeInputError: if a tensor's shape, type or device does not fit the others; naming it.
