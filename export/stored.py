@@ -65,10 +65,12 @@ def convert(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The tensor in another type; CheckpointError where a finite value would become infinite."""
     converted = tensor.to(dtype)
     if dtype == torch.float16 and tensor.dtype != dtype:
-        lost = converted.isinf() & tensor.isfinite()
-        if lost.any():
-            raise CheckpointError(
-                f"The weight {name} holds {tensor[lost][0].item():.3g}, beyond float16.",
-                "Export with --dtype bfloat16 or float32.",
-            )
+        least, greatest = tensor.aminmax()
+        if max(-least, greatest) > torch.finfo(dtype).max:  # rounding or infinity may have made it so: look closer
+            lost = tensor[converted.isinf() & tensor.isfinite()]
+            if lost.numel():
+                raise CheckpointError(
+                    f"The weight {name} holds {lost[0].item():.3g}, beyond float16.",
+                    "Export with --dtype bfloat16 or float32.",
+                )
     return converted

@@ -300,9 +300,12 @@ def test_gguf_that_is_no_llama(tmp_path: Path) -> None:
 
 def test_values_beyond_float16_are_refused() -> None:
     weight = torch.tensor([1.0, 7e4])
-    with pytest.raises(CheckpointError, match=r"w holds 7e\+04, beyond float16"):
-        convert(weight, torch.float16, "w")
+    for sign in (1, -1):
+        with pytest.raises(CheckpointError, match=r"w holds -?7e\+04, beyond float16"):
+            convert(sign * weight, torch.float16, "w")
     assert convert(weight, torch.bfloat16, "w").isfinite().all()
+    weight = torch.tensor([65510.0, float("inf")])  # rounds to float16's largest; infinite already
+    assert convert(weight, torch.float16, "w").tolist() == [65504.0, float("inf")]
 
 
 def test_tokenizer(tiny_folder: Path, folder: Path, tmp_path: Path) -> None:
