@@ -151,38 +151,60 @@ def test_interrupt_ends_quietly(path: Path) -> None:
     assert len(output) < 450
 
 
-def test_conversation_at_a_terminal(path: Path) -> None:
-    """Two turns, a refused one, and the end of input, through a pseudo-terminal."""
-    ours, theirs = pty.openpty()
-    process = start(
-        path, "-n", 5, "--stats", "--max-seq-len", 120, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    os.close(theirs)
-    assert process.stderr
-    os.set_blocking(process.stderr.fileno(), False)
-    heard = ""
+class Terminal:
+    """A ``hip-trt run`` with a pseudo-terminal for its input, as in a conversation."""
 
-    def wait_for(text: str, count: int) -> None:
-        nonlocal heard
-        deadline = time.monotonic() + 60
-        while heard.count(text) < count:
-            assert time.monotonic() < deadline, heard
-            assert process.stderr
-            heard += (process.stderr.read() or b"").decode()
+    def __init__(self, *arguments: Any) -> None:
+        self._input, theirs = pty.openpty()
+        self.process = start(*arguments, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        os.close(theirs)
+        self.errors = ""
+
+    def type(self, text: bytes) -> None:
+        os.write(self._input, text)
+
+    def wait_for_prompt(self, count: int) -> None:
+        """Wait for the count-th "> "."""
+        assert self.process.stderr
+        os.set_blocking(self.process.stderr.fileno(), False)
+        deadline = time.monotonic() + 120
+        while self.errors.count("> ") < count:
+            assert time.monotonic() < deadline, self.errors
+            self.errors += (self.process.stderr.read() or b"").decode()
             time.sleep(0.02)
 
-    wait_for("> ", 1)
-    os.write(ours, b"Hello\n")
-    wait_for("> ", 2)
-    os.write(ours, b"And?\n")
-    wait_for("> ", 3)
-    os.write(ours, b"x" * 120 + b"\n")
-    wait_for("> ", 4)
-    os.write(ours, b"\x04")
-    output, _ = process.communicate(timeout=60)
-    os.close(ours)
-    assert process.returncode == 0
-    assert "more were in the cache" in heard
-    assert "error: prompt 0:" in heard
-    assert heard.count("prefill:") == 2
+    def finish(self) -> bytes:
+        """End the input; what is left of the output."""
+        self.type(b"\x04")
+        output, _ = self.process.communicate(timeout=60)
+        os.close(self._input)
+        return output
+
+
+def test_conversation_at_a_terminal(path: Path) -> None:
+    """Two turns and a refused one."""
+    terminal = Terminal(path, "-n", 5, "--stats", "--max-seq-len", 120)
+    for count, line in enumerate((b"Hello", b"And?", b"x" * 120), start=1):
+        terminal.wait_for_prompt(count)
+        terminal.type(line + b"\n")
+    terminal.wait_for_prompt(4)
+    output = terminal.finish()
+    assert terminal.process.returncode == 0
+    assert "more were in the cache" in terminal.errors
+    assert "error: prompt 0:" in terminal.errors
+    assert terminal.errors.count("prefill:") == 2
     assert output.strip()
+
+
+def test_interrupt_ends_a_reply_but_not_the_conversation(path: Path) -> None:
+    terminal = Terminal(path, "-n", 5000, "--max-seq-len", 8000)
+    terminal.wait_for_prompt(1)
+    terminal.type(b"Hello\n")
+    assert terminal.process.stdout
+    assert terminal.process.stdout.read(1)
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.wait_for_prompt(2)
+    output = terminal.finish()
+    assert terminal.process.returncode == 0
+    assert output.endswith(b"\n")
+    assert len(output) < 5000
