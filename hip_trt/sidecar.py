@@ -126,22 +126,29 @@ class Sidecar(_Record):
         built_for = [ComputeCapability.parse(text) for text in self.compute_capabilities]
         return covers(built_for, capability) if self.flavour == "tensorrt-rtx" else capability in built_for
 
-    def require_environment(self, *, flavour: Flavour, plugin_version: str, gpu: Gpu) -> None:
-        """Check that a TensorRT, a plugin library and a GPU can run the plan.
+    def require_plugin(self, plugin_version: str) -> None:
+        """Check that a plugin library can run the plan.
+
+        Raises:
+            PluginError: the plan was built with another plugin version.
+        """
+        if plugin_version != self.plugin_version:
+            raise PluginError(
+                f"{self.plan.name}: built with plugin version {self.plugin_version}; here is {plugin_version}.",
+                _EXPORT_AGAIN,
+            )
+
+    def require_environment(self, *, flavour: Flavour, gpu: Gpu) -> None:
+        """Check that a TensorRT and a GPU can run the plan.
 
         Raises:
             EngineError: the plan was built by another TensorRT, or for other GPUs.
-            PluginError: the plan was built with another plugin version.
         """
         name = self.plan.name
         if (flavour.name, flavour.version) != (self.flavour, self.tensorrt_version):
             raise EngineError(
                 f"{name}: built by {self.flavour} {self.tensorrt_version}, which alone can read it; here is {flavour}.",
                 f"{_EXPORT_AGAIN} Or install that version.",
-            )
-        if plugin_version != self.plugin_version:
-            raise PluginError(
-                f"{name}: built with plugin version {self.plugin_version}; here is {plugin_version}.", _EXPORT_AGAIN
             )
         if not self.runs_on(gpu.compute_capability):
             raise EngineError(

@@ -464,12 +464,13 @@ def test_environment(built: Path) -> None:
     described, flavour = read_sidecar(built), find_flavour("tensorrt-rtx")
     a100 = Gpu(0, "NVIDIA A100", ComputeCapability(8, 0), 80 << 30)
 
-    def require(described: Sidecar, *, plugin_version: str = library.version(), gpu: Gpu = a100) -> None:
-        described.require_environment(flavour=flavour, plugin_version=plugin_version, gpu=gpu)
+    def require(described: Sidecar, *, gpu: Gpu = a100) -> None:
+        described.require_environment(flavour=flavour, gpu=gpu)
 
     require(described)
+    described.require_plugin(library.version())
     with pytest.raises(PluginError) as plugin_error:
-        require(described, plugin_version="9.9.9")
+        described.require_plugin("9.9.9")
     one_line(plugin_error, "built with plugin version", "here is 9.9.9", "Export the engine again")
     with pytest.raises(EngineError) as error:
         require(described, gpu=HOPPER)

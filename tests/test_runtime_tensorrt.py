@@ -19,7 +19,7 @@ from tiny_plan import LIMITS, sidecar, write_plan
 
 from hip_trt import operator as names
 from hip_trt.config import HipConfig
-from hip_trt.errors import EngineError, EnvironmentProblem
+from hip_trt.errors import EngineError, EnvironmentProblem, PluginError
 from hip_trt.runtime import Generator, Session
 from hip_trt.runtime import tensorrt as executor_module
 from hip_trt.runtime.tensorrt import TensorRTExecutor
@@ -270,6 +270,12 @@ def test_plan_without_a_gpu(oracle: OracleExecutor, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(executor_module, "current_gpu", lambda: None)
     with pytest.raises(EnvironmentProblem, match=r"needs a GPU \(9.0\).*hip-trt run .*model.onnx"):
         TensorRTExecutor.load(write_plan(tmp_path, oracle.spec))
+
+
+def test_plan_of_another_plugin_version(oracle: OracleExecutor, tmp_path: Path) -> None:
+    """Said before a GPU is asked for, so that it is said everywhere."""
+    with pytest.raises(PluginError, match=r"engine.plan: built with plugin version 0.0.9; here is "):
+        TensorRTExecutor.load(write_plan(tmp_path, oracle.spec, plugin_version="0.0.9"))
 
 
 def test_damaged_plan(oracle: OracleExecutor, tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ class TensorRTExecutor:
         """
         path = Path(path)
         sidecar = verify_plan(path)
+        sidecar.require_plugin(library.version())
         run_onnx = f"Or run the ONNX model on the CPU: hip-trt run {path.with_name(sidecar.model[0].name)}"
         gpu = current_gpu()
         if gpu is None:
@@ -136,7 +137,7 @@ class TensorRTExecutor:
                 f"Install a PyTorch with CUDA that the driver supports. {run_onnx}",
             )
         flavour = find_flavour(sidecar.flavour)
-        sidecar.require_environment(flavour=flavour, plugin_version=library.version(), gpu=gpu)
+        sidecar.require_environment(flavour=flavour, gpu=gpu)
         flavour.load_plugin(library.plugin_path())
         device = torch.device("cuda", 0)
         torch.cuda.init()  # type: ignore[no-untyped-call]
