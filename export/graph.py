@@ -59,7 +59,8 @@ class PagedCausalLM(nn.Module):
     ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """Logits, and per layer present_key, present_value and present_nodes.
 
-        Shapes are those of the model graph in docs/operator.md; ``state`` holds past_key, past_value and past_nodes of each layer.
+        Shapes are those of the model graph in docs/operator.md; ``state`` holds past_key, past_value and past_nodes of
+        each layer.
         """
         present: list[tuple[Tensor, ...]] = []
 
