@@ -21,7 +21,8 @@ PLUGINS = Path(__file__).parent.parent / "plugins"
 EMULATION = PLUGINS / "tests" / "emulation"
 BUILD = PLUGINS.parent / "build" / "emulation"
 SOURCES = (
-    "hip_attention", "plan", "validation", "cache_update",
+    "hip_attention", "plan", "validation", "cache_update", "decode_cluster", "decode_cluster_float16",
+    "decode_cluster_bfloat16",
     *(f"{kernel}_{dtype}" for kernel in ("mask_search", "sparse_attention")
       for dtype in ("float16", "bfloat16", "float32")),
 )
@@ -61,7 +62,7 @@ def build() -> Path:
             _run([*command, *as_cpp, "-c", str(source), "-o", str(target)])
             return target
 
-        sources = [*(PLUGINS / "cuda" / f"{name}.cu" for name in SOURCES), EMULATION / "emulation.cpp"]
+        sources = [*(PLUGINS / "cuda" / f"{name}.cu" for name in SOURCES), *sorted(EMULATION.glob("*.cpp"))]
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(compile_source, sources))
         finished = Path(folder, "library.so")

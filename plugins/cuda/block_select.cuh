@@ -45,8 +45,8 @@ struct RunningRank
     }
 };
 
-// The smallest key among the best `budget` of more than `budget` keys, and how many keys equal to it are among them:
-// radix selection from the highest byte down. All threads get the result.
+// The best `budget` of more than `budget` keys are those above a key, and `equal` of those that equal it: radix selection
+// from the highest byte down, which ends as soon as a bin is chosen whole. All threads get the result.
 struct Threshold
 {
     uint32_t key;
@@ -60,7 +60,7 @@ __device__ inline Threshold findThreshold(const uint32_t* keys, int count, int b
     __shared__ int histogram[kBins];
     __shared__ Threshold found;
     Threshold threshold{0, budget};
-    for (int shift = 24; shift >= 0; shift -= 8)
+    for (int shift = 24; shift >= 0 && threshold.equal > 0; shift -= 8)
     {
         for (int bin = threadIdx.x; bin < kBins; bin += blockDim.x)
         {
@@ -100,7 +100,10 @@ __device__ inline Threshold findThreshold(const uint32_t* keys, int count, int b
                 {
                     above += histogram[bin--];
                 }
-                found = {threshold.key | static_cast<uint32_t>(bin) << shift, threshold.equal - above};
+                const uint32_t lowest = threshold.key | static_cast<uint32_t>(bin) << shift;
+                const int rest = threshold.equal - above;
+                const bool whole = histogram[bin] == rest && lowest > 0;
+                found = {whole ? lowest - 1 : lowest, whole ? 0 : rest};
             }
         }
         __syncthreads();

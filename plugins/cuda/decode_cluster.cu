@@ -1,7 +1,7 @@
 #include "decode_cluster.cuh"
 
 #include "kernels.cuh"
-#include "paged_cache.cuh"
+#include "decode_cluster_select.cuh"
 
 #include <algorithm>
 #include <map>
@@ -19,17 +19,15 @@ constexpr int kMaxHeads = 16; // query heads per mask
 constexpr int kStaticSharedBytes = 2048;
 
 // Page tables up to this size are copied to shared memory.
-constexpr int kMaxTableBytes = 64 * 1024;
+constexpr int kMaxTableBytes = 28 * 1024;
 
-// From most to least thread blocks per sequence and mask head: the first one that the GPU can hold at once is taken.
-constexpr DecodePlan kPlans[] = {
-    {512, 4}, {256, 4}, {512, 3}, {256, 3}, {512, 2}, {256, 2}, {512, 1}, {256, 1}, {512, 0}, {256, 0}};
+constexpr int kMaxClusterLog2 = 4; // 16 thread blocks, what compute capability 9.0 grants on request
 
-DecodeKernel findKernel(const Call& call, int threads)
+DecodeKernel findKernel(const Call& call)
 {
     const int head_dim = call.shape.head_dim;
-    return call.shape.type == HIP_TRT_FLOAT16 ? findDecodeKernel<__half>(head_dim, call.heads_per_mask, threads)
-                                              : findDecodeKernel<__nv_bfloat16>(head_dim, call.heads_per_mask, threads);
+    return call.shape.type == HIP_TRT_FLOAT16 ? findDecodeKernel<__half>(head_dim, call.heads_per_mask)
+                                              : findDecodeKernel<__nv_bfloat16>(head_dim, call.heads_per_mask);
 }
 
 int roundUp(int value, int multiple)
@@ -37,21 +35,11 @@ int roundUp(int value, int multiple)
     return (value + multiple - 1) / multiple * multiple;
 }
 
-int log2Of(int value)
-{
-    int log2 = 0;
-    while (1 << log2 < value)
-    {
-        ++log2;
-    }
-    return log2;
-}
-
-DecodeLayout layOut(const DecodeCall& decode, const DecodePlan& plan)
+DecodeLayout layOut(const DecodeCall& decode)
 {
     const Call& call = decode.call;
-    const int heads = call.heads_per_mask, dims = call.shape.head_dim, warps = plan.threads / kWarpSize;
-    int end = 4 * sizeof(uint64_t); // three barriers
+    const int heads = call.heads_per_mask, dims = call.shape.head_dim, warps = kDecodeThreads / kWarpSize;
+    int end = kHeaderBytes;
     const auto take = [&end](int count, int bytes) {
         const int begin = end;
         end = roundUp(end + count * bytes, 16);
@@ -62,15 +50,16 @@ DecodeLayout layOut(const DecodeCall& decode, const DecodePlan& plan)
     layout.marks = take(2 * decode.capacity / 32, sizeof(uint32_t));
     layout.lists = take(3 * decode.list_capacity, sizeof(int));
     layout.table = take(decode.table_entries, sizeof(int));
+    layout.queries = take(16, call.row_bytes);
     layout.scratch = take(warps, decode.scratch_bytes);
     layout.states = take(warps * heads, sizeof(float2));
     layout.inbox = take(heads * dims, sizeof(float));
-    layout.inbox_states = take(heads << plan.cluster_log2, sizeof(float2));
+    layout.inbox_states = take(heads << decode.cluster_log2, sizeof(float2));
     layout.bytes = end;
     return layout;
 }
 
-DecodeCall describe(const Call& call, const DecodePlan& plan)
+DecodeCall describe(const Call& call, int cluster_log2)
 {
     const HipTrtConfig& config = call.config;
     DecodeCall decode;
@@ -84,18 +73,16 @@ DecodeCall describe(const Call& call, const DecodePlan& plan)
     }
     decode.branch_reciprocal = ((1 << kReciprocalShift) + config.branch - 1) / config.branch;
     decode.leaf_branch_reciprocal = ((1 << kReciprocalShift) + config.leaf_branch - 1) / config.leaf_branch;
-    decode.cluster_log2 = plan.cluster_log2;
-    decode.stride_k_log2 = log2Of(config.stride_k);
-    decode.scored_rows_log2 = call.block_k_log2 - decode.stride_k_log2;
-    decode.capacity = roundUp(call.candidate_capacity, 32);
+    decode.cluster_log2 = cluster_log2;
+    decode.capacity = roundUp(call.candidate_capacity + 3, kSetAlignment);
     decode.list_capacity = roundUp(call.kept_capacity, 4);
     const int64_t table_bytes = static_cast<int64_t>(call.shape.pages_per_sequence) * sizeof(int32_t);
     decode.table_entries = table_bytes <= kMaxTableBytes ? call.shape.pages_per_sequence : 0;
     decode.scale_log2e = config.scale * 1.4426950408889634f;
     const int staged_bytes = 16 * call.row_bytes;
-    const int partial_bytes = call.heads_per_mask * (call.shape.head_dim + kPartialPadding) * static_cast<int>(sizeof(float));
-    decode.scratch_bytes = std::max(staged_bytes, partial_bytes);
-    decode.layout = layOut(decode, plan);
+    const int partial_floats = call.heads_per_mask * (call.shape.head_dim + kPartialPadding);
+    decode.scratch_bytes = std::max<int>(staged_bytes, partial_floats * sizeof(float));
+    decode.layout = layOut(decode);
     return decode;
 }
 
@@ -136,33 +123,33 @@ cudaError_t currentDevice(Device& device)
     return error;
 }
 
-cudaLaunchConfig_t launchConfig(const DecodeCall& decode, const DecodePlan& plan, cudaLaunchAttribute (&attributes)[2])
+cudaLaunchConfig_t launchConfig(const DecodeCall& decode, cudaLaunchAttribute (&attributes)[2])
 {
     const Call& call = decode.call;
+    const unsigned cluster = 1u << decode.cluster_log2;
     attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {1u << plan.cluster_log2, 1, 1};
-    // The kernel itself waits for the one before, where it first reads.
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    attributes[0].val.clusterDim = {cluster, 1, 1};
+    // Two thread blocks fit on a multiprocessor, but where others are idle they had better not meet there.
+    attributes[1].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
+    attributes[1].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicyLoadBalancing;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(1u << plan.cluster_log2, call.mask_heads, call.shape.batch);
-    config.blockDim = dim3(plan.threads);
+    config.gridDim = dim3(cluster, call.mask_heads, call.shape.batch);
+    config.blockDim = dim3(kDecodeThreads);
     config.dynamicSmemBytes = decode.layout.bytes;
     config.attrs = attributes;
-    config.numAttrs = plan.overlapped ? 2 : 1;
+    config.numAttrs = 2;
     return config;
 }
 
-// How many clusters of a launch the device holds at once; also prepares the kernel for it.
-cudaError_t clustersAtOnce(
-    const Device& device, DecodeKernel kernel, const DecodeCall& decode, const DecodePlan& plan, int& clusters)
+// How many clusters of a launch the device holds at once; also prepares the kernel for it. Remembers what it was asked.
+cudaError_t clustersAtOnce(const Device& device, DecodeKernel kernel, const DecodeCall& decode, int& clusters)
 {
     static std::mutex mutex;
     static std::map<std::tuple<int, DecodeKernel, int, int>, int> known;
     constexpr int kStep = 8 * 1024; // of shared memory, so that few entries are kept
     const int shared_bytes = std::min(roundUp(decode.layout.bytes, kStep), device.max_shared_bytes);
     const std::lock_guard<std::mutex> lock(mutex);
-    const auto key = std::make_tuple(device.index, kernel, plan.cluster_log2, shared_bytes);
+    const auto key = std::make_tuple(device.index, kernel, decode.cluster_log2, shared_bytes);
     const auto found = known.find(key);
     if (found != known.end())
     {
@@ -181,9 +168,8 @@ cudaError_t clustersAtOnce(
         return error;
     }
     cudaLaunchAttribute attributes[2];
-    cudaLaunchConfig_t config = launchConfig(decode, plan, attributes);
+    cudaLaunchConfig_t config = launchConfig(decode, attributes);
     config.dynamicSmemBytes = shared_bytes;
-    config.numAttrs = 1;
     if (cudaOccupancyMaxActiveClusters(&clusters, function, &config) != cudaSuccess)
     {
         cudaGetLastError(); // a cluster of this size fits nowhere
@@ -193,39 +179,30 @@ cudaError_t clustersAtOnce(
     return cudaSuccess;
 }
 
-// The first plan whose clusters all run at once, or else the last one that runs at all.
-cudaError_t choosePlan(const Device& device, const Call& call, DecodePlan& plan)
+// The largest clusters that all run at once, or else the smallest that run at all.
+cudaError_t chooseCluster(const Device& device, const Call& call, int& cluster_log2)
 {
     const int64_t needed = static_cast<int64_t>(call.shape.batch) * call.mask_heads;
-    plan = DecodePlan{0, 0};
-    for (const DecodePlan& candidate : kPlans)
+    cluster_log2 = -1;
+    for (int candidate = kMaxClusterLog2; candidate >= 0; --candidate)
     {
-        const DecodeKernel kernel = findKernel(call, candidate.threads);
-        if (kernel == nullptr)
-        {
-            continue;
-        }
         const DecodeCall decode = describe(call, candidate);
-        if (decode.layout.bytes > device.max_shared_bytes)
-        {
-            continue;
-        }
         int clusters = 0;
-        const cudaError_t error = clustersAtOnce(device, kernel, decode, candidate, clusters);
+        const cudaError_t error = clustersAtOnce(device, findKernel(call), decode, clusters);
         if (error != cudaSuccess)
         {
             return error;
         }
         if (clusters > 0)
         {
-            plan = candidate;
+            cluster_log2 = candidate;
         }
         if (clusters >= needed)
         {
             break;
         }
     }
-    return plan.threads == 0 ? cudaErrorInvalidConfiguration : cudaSuccess;
+    return cluster_log2 < 0 ? cudaErrorInvalidConfiguration : cudaSuccess;
 }
 
 } // namespace
@@ -236,46 +213,40 @@ bool decodeClusterSupports(const Call& call)
     const int64_t rows = static_cast<int64_t>(shape.num_pages) * shape.num_kv_heads * call.config.page_size;
     Device device;
     if (shape.new_tokens != 1 || shape.type == HIP_TRT_FLOAT32 || (shape.head_dim != 64 && shape.head_dim != 128)
-        || call.config.block_k / call.config.stride_k < 8 || call.heads_per_mask > kMaxHeads || call.candidate_capacity > kMaxCandidates
+        || call.config.block_k < 8 || call.config.stride_k != 1 || call.heads_per_mask > kMaxHeads || call.candidate_capacity > kMaxCandidates
         || rows >= INT64_C(0xffffffff) || shape.batch > 65535 || currentDevice(device) != cudaSuccess || device.major < 9)
     {
         return false;
     }
-    const DecodePlan smallest{256, 4};
-    return describe(call, smallest).layout.bytes <= device.max_shared_bytes;
+    return describe(call, kMaxClusterLog2).layout.bytes <= device.max_shared_bytes;
 }
 
-cudaError_t launchDecodeCluster(const Call& call, cudaStream_t stream, const DecodePlan* forced)
+cudaError_t launchDecodeCluster(const Call& call, cudaStream_t stream, int cluster_log2)
 {
     Device device;
     cudaError_t error = currentDevice(device);
-    DecodePlan plan{};
-    if (error == cudaSuccess && forced == nullptr)
+    if (error == cudaSuccess && cluster_log2 < 0)
     {
-        error = choosePlan(device, call, plan);
+        error = chooseCluster(device, call, cluster_log2);
     }
     if (error != cudaSuccess)
     {
         return error;
     }
-    if (forced != nullptr)
-    {
-        plan = *forced;
-    }
-    error = copyPools(call, stream);
-    if (error != cudaSuccess)
-    {
-        return error;
-    }
-    const DecodeKernel kernel = findKernel(call, plan.threads);
-    const DecodeCall decode = describe(call, plan);
+    const DecodeKernel kernel = findKernel(call);
+    const DecodeCall decode = describe(call, cluster_log2);
     int clusters = 0;
-    if (kernel == nullptr || (error = clustersAtOnce(device, kernel, decode, plan, clusters)) != cudaSuccess)
+    error = clustersAtOnce(device, kernel, decode, clusters);
+    if (error == cudaSuccess)
     {
-        return kernel == nullptr ? cudaErrorInvalidValue : error;
+        error = copyPools(call, stream);
+    }
+    if (error != cudaSuccess)
+    {
+        return error;
     }
     cudaLaunchAttribute attributes[2];
-    cudaLaunchConfig_t config = launchConfig(decode, plan, attributes);
+    cudaLaunchConfig_t config = launchConfig(decode, attributes);
     config.stream = stream;
     return cudaLaunchKernelEx(&config, kernel, decode);
 }

@@ -38,6 +38,8 @@ struct Divisor
     }
 };
 
+constexpr int kDecodeThreads = 256; // of a thread block
+
 // Levels of any tree: 2^22 blocks, halved.
 constexpr int kMaxLevels = 24;
 
@@ -48,13 +50,18 @@ constexpr int kReciprocalShift = 18;
 // Floats between the heads of a partial result, so that lanes that store different heads use different banks.
 constexpr int kPartialPadding = 8;
 
-// Offsets into a thread block's shared memory; barriers come first.
+// What comes first in a thread block's shared memory: three barriers, then the nodes of the last exchange.
+constexpr int kBarrierBytes = 4 * sizeof(uint64_t);
+constexpr int kHeaderBytes = kBarrierBytes + 32;
+
+// Offsets into a thread block's shared memory.
 struct DecodeLayout
 {
     int keys;
     int marks;
     int lists;
     int table;
+    int queries;
     int scratch;
     int states;
     int inbox;
@@ -71,8 +78,6 @@ struct DecodeCall
     uint32_t branch_reciprocal;      // 2^kReciprocalShift over the width, rounded up
     uint32_t leaf_branch_reciprocal;
     int cluster_log2;     // thread blocks per sequence and mask head
-    int scored_rows_log2; // tokens of a block that are scored
-    int stride_k_log2;
     int capacity;      // candidates of a level, rounded up to whole words of bits
     int list_capacity; // nodes of a list, rounded up
     int table_entries; // of the page table that are copied to shared memory; 0: it is read where it is
@@ -81,23 +86,17 @@ struct DecodeCall
     DecodeLayout layout;
 };
 
-// How a decode step is laid out on the GPU.
-struct DecodePlan
-{
-    int threads;      // of a thread block: 256 or 512
-    int cluster_log2; // thread blocks of a cluster: 1, 2, 4, 8 or 16
-    bool overlapped = true; // start while the kernel before drains
-};
-
-// The kernel for a type, or nullptr.
 using DecodeKernel = void (*)(DecodeCall);
+
+// The kernel for a type, a head size of 64 or 128, and up to 16 query heads per mask.
 template <typename T>
-DecodeKernel findDecodeKernel(int head_dim, int heads_per_mask, int threads);
+DecodeKernel findDecodeKernel(int head_dim, int heads_per_mask);
 
 // Whether this path computes a call: its configuration and shape, on the current device.
 bool decodeClusterSupports(const Call& call);
 
-// Launch it, cache update included. `plan` overrides the choice, for tuning.
-cudaError_t launchDecodeCluster(const Call& call, cudaStream_t stream, const DecodePlan* plan = nullptr);
+// Launch it, cache update included, with 2^cluster_log2 thread blocks per sequence and mask head; by default as many as
+// the device holds at once.
+cudaError_t launchDecodeCluster(const Call& call, cudaStream_t stream, int cluster_log2 = -1);
 
 } // namespace hip_trt

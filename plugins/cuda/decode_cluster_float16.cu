@@ -1,3 +1,3 @@
 #include "decode_cluster_kernel.cuh"
 
-template hip_trt::DecodeKernel hip_trt::findDecodeKernel<__half>(int, int, int);
+template hip_trt::DecodeKernel hip_trt::findDecodeKernel<__half>(int, int);

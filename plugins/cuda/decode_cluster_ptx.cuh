@@ -1,5 +1,5 @@
 // What thread-block clusters need beyond ptx.cuh (compute capability 9.0 and later): barriers that count bytes, stores
-// into a neighbour's shared memory, overlapped launches.
+// into a neighbour's shared memory.
 #ifndef HIP_TRT_DECODE_CLUSTER_PTX_CUH // not #pragma once: plugins/tests/emulation puts its own in place
 #define HIP_TRT_DECODE_CLUSTER_PTX_CUH
 
@@ -57,7 +57,7 @@ __device__ __forceinline__ void waitBarrier(uint64_t* barrier, uint32_t parity)
         "{\n"
         ".reg .pred complete;\n"
         "WAIT:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%0], %1;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], %1;\n"
         "@!complete bra WAIT;\n"
         "}\n" ::"r"(sharedAddress(barrier)),
         "r"(parity)
@@ -89,19 +89,6 @@ __device__ __forceinline__ void storeAsync(uint32_t peer_address, float4 value, 
         : "memory");
 }
 
-// ---- Overlapped launches: no-ops where the launch did not ask for it ----
-
-// Nothing that the kernel before wrote may be read earlier.
-__device__ __forceinline__ void waitForPreviousKernel()
-{
-    asm volatile("griddepcontrol.wait;\n" ::: "memory");
-}
-
-__device__ __forceinline__ void letNextKernelStart()
-{
-    asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
-}
-
 // ---- Data ----
 
 // 16 bytes that nobody writes during the kernel and that will not be read again soon.
@@ -112,6 +99,12 @@ __device__ __forceinline__ uint4 loadOnce(const void* address)
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                  : "l"(address));
     return value;
+}
+
+// Have these values in these registers from now on: the compiler would else move words together before every use.
+__device__ __forceinline__ void settle(uint32_t (&words)[4])
+{
+    asm volatile("" : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3]));
 }
 
 // Start to copy 4 bytes to shared memory.
@@ -126,6 +119,22 @@ __device__ __forceinline__ uint32_t transposeMatrix(uint32_t matrix)
     uint32_t transposed;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(transposed) : "r"(matrix));
     return transposed;
+}
+
+// Add 1 to `count` if a > b. The compiler's own way takes a third instruction.
+__device__ __forceinline__ void countGreater(int& count, uint32_t a, uint32_t b)
+{
+    asm("{\n.reg .pred greater;\nsetp.gt.u32 greater, %1, %2;\n@greater add.s32 %0, %0, 1;\n}\n"
+        : "+r"(count)
+        : "r"(a), "r"(b));
+}
+
+constexpr int kPrefetchBytes = 128;
+
+// Start to bring the kPrefetchBytes around an address into the L2 cache.
+__device__ __forceinline__ void prefetchToL2(const void* address)
+{
+    asm volatile("prefetch.global.L2 [%0];\n" ::"l"(address));
 }
 
 // 2^x, to about 2 units in the last place; 0 for -infinity.

@@ -1,6 +1,7 @@
 // The C ABI: checks, then the steps of one call in order.
 #include "hip_attention.h"
 
+#include "decode_cluster.cuh"
 #include "kernels.cuh"
 #include "plan.cuh"
 #include "prefill_sm90.cuh"
@@ -79,6 +80,10 @@ cudaError_t runHeadDim(const Call& call, cudaStream_t stream)
 
 cudaError_t runType(const Call& call, cudaStream_t stream)
 {
+    if (decodeClusterSupports(call))
+    {
+        return launchDecodeCluster(call, stream);
+    }
     switch (call.shape.type)
     {
     case HIP_TRT_FLOAT16: return runHeadDim<__half>(call, stream);

@@ -8,6 +8,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __noinline__
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static thread_local
@@ -15,7 +16,8 @@
 enum cudaError_t
 {
     cudaSuccess = 0,
-    cudaErrorInvalidValue = 1
+    cudaErrorInvalidValue = 1,
+    cudaErrorInvalidConfiguration = 9
 };
 
 enum cudaMemcpyKind
@@ -57,10 +59,65 @@ inline float2 make_float2(float x, float y)
     return {x, y};
 }
 
+inline float4 make_float4(float x, float y, float z, float w)
+{
+    return {x, y, z, w};
+}
+
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w)
 {
     return {x, y, z, w};
 }
 
+enum cudaDeviceAttr
+{
+    cudaDevAttrComputeCapabilityMajor,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin
+};
+
+enum cudaFuncAttribute
+{
+    cudaFuncAttributeMaxDynamicSharedMemorySize,
+    cudaFuncAttributeNonPortableClusterSizeAllowed
+};
+
+enum cudaLaunchAttributeID
+{
+    cudaLaunchAttributeClusterDimension,
+    cudaLaunchAttributeClusterSchedulingPolicyPreference
+};
+
+enum cudaClusterSchedulingPolicy
+{
+    cudaClusterSchedulingPolicyLoadBalancing = 2
+};
+
+struct cudaLaunchAttribute
+{
+    cudaLaunchAttributeID id;
+    struct
+    {
+        struct
+        {
+            unsigned x, y, z;
+        } clusterDim;
+        int clusterSchedulingPolicyPreference;
+    } val;
+};
+
+struct cudaLaunchConfig_t
+{
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+    cudaLaunchAttribute* attrs;
+    unsigned numAttrs;
+};
+
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaGetLastError();
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value);
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* function, const cudaLaunchConfig_t* config);
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream);
 const char* cudaGetErrorName(cudaError_t error);

@@ -17,7 +17,7 @@ namespace
 {
 
 constexpr size_t kStackBytes = 64 * 1024;
-constexpr unsigned kMaxThreads = 1024;
+constexpr unsigned kMaxThreads = 2048; // of a cluster
 constexpr size_t kMaxExchange = 32;
 
 struct Copy
@@ -25,6 +25,7 @@ struct Copy
     void* to;
     const void* from;
     bool valid;
+    size_t bytes;
 };
 
 struct Barrier
@@ -51,13 +52,18 @@ struct WarpValues
 std::vector<Fiber> fibers(kMaxThreads);
 std::vector<WarpValues> warp_values(kMaxThreads / kWarpSize);
 std::vector<Barrier> warp_barriers(kMaxThreads / kWarpSize);
-Barrier block_barrier;
-std::deque<unsigned> ready;
+Barrier block_barriers[kMaxBlocks];
+Barrier cluster_barrier;
+// Threads that can run. Those of one thread block go first until none is left, so that variables declared __shared__ can
+// be one for all: no thread block waits for another between its barriers.
+std::deque<unsigned> ready[kMaxBlocks];
+std::vector<unsigned> polling; // threads that wait for what another thread block sends
 unsigned current;
 jmp_buf scheduler;
 ucontext_t scheduler_stack;
 const std::function<void()>* thread_body;
-alignas(1024) char shared_memory[kSharedBytes];
+alignas(1024) char shared_memory[kMaxBlocks][kSharedBytes];
+Coordinates first_block; // of the cluster
 
 void enter()
 {
@@ -69,7 +75,8 @@ void enter()
 void resume(unsigned thread)
 {
     current = thread;
-    thread_index = {thread, 0, 0};
+    thread_index = {thread % block_size.x, 0, 0};
+    block_index = {first_block.x + thread / block_size.x, first_block.y, first_block.z};
     Fiber& fiber = fibers[thread];
     if (_setjmp(scheduler) != 0)
     {
@@ -95,7 +102,10 @@ void wait(Barrier& barrier)
     barrier.waiting.push_back(current);
     if (barrier.waiting.size() == barrier.expected)
     {
-        ready.insert(ready.end(), barrier.waiting.begin(), barrier.waiting.end());
+        for (const unsigned thread : barrier.waiting)
+        {
+            ready[thread / block_size.x].push_back(thread);
+        }
         barrier.waiting.clear();
     }
     if (_setjmp(fibers[current].context) == 0)
@@ -104,10 +114,12 @@ void wait(Barrier& barrier)
     }
 }
 
-void runBlock(unsigned threads, bool reversed)
+void runCluster(unsigned block_threads, unsigned blocks, bool reversed)
 {
-    std::fill(std::begin(shared_memory), std::end(shared_memory), '\xff'); // NaN in every type
-    block_barrier = {threads, {}};
+    std::memset(shared_memory, 0xff, sizeof(shared_memory[0]) * blocks); // NaN in every type
+    std::fill_n(block_barriers, blocks, Barrier{block_threads, {}});
+    const unsigned threads = block_threads * blocks;
+    cluster_barrier = {threads, {}};
     for (unsigned warp = 0; warp < threads / kWarpSize; ++warp)
     {
         warp_barriers[warp] = {kWarpSize, {}};
@@ -124,20 +136,43 @@ void runBlock(unsigned threads, bool reversed)
         fiber.groups.clear();
         fiber.open.clear();
         fiber.exchanges = 0;
-        ready.push_back(thread);
+        ready[thread / block_threads].push_back(thread);
     }
-    while (!ready.empty())
+    constexpr unsigned kMaxRounds = 1000000;
+    unsigned rounds = 0;
+    for (bool any = true; any;)
     {
-        const unsigned thread = ready.front();
-        ready.pop_front();
-        resume(thread);
+        if (++rounds > kMaxRounds)
+        {
+            std::fprintf(stderr, "thread blocks wait for each other forever\n");
+            std::abort();
+        }
+        any = false;
+        for (unsigned block = 0; block < blocks; ++block)
+        {
+            while (!ready[block].empty())
+            {
+                const unsigned thread = ready[block].front();
+                ready[block].pop_front();
+                resume(thread);
+                deliverStores(false);
+                any = true;
+            }
+        }
+        deliverStores(!any);
+        for (const unsigned thread : polling)
+        {
+            ready[thread / block_threads].push_back(thread);
+        }
+        any = any || !polling.empty();
+        polling.clear();
     }
     for (unsigned thread = 0; thread < threads; ++thread)
     {
         if (!fibers[thread].finished)
         {
             std::fprintf(stderr, "block (%u, %u, %u): thread %u waits at a barrier that others never reach\n",
-                block_index.x, block_index.y, block_index.z, thread);
+                first_block.x + thread / block_threads, first_block.y, first_block.z, thread % block_threads);
             std::abort();
         }
     }
@@ -145,10 +180,12 @@ void runBlock(unsigned threads, bool reversed)
 
 } // namespace
 
-cudaError_t runGrid(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& thread)
+cudaError_t runGrid(
+    dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& thread, unsigned cluster)
 {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffff
-        || threads == 0 || threads > kMaxThreads || threads % kWarpSize != 0 || shared_bytes > kSharedBytes)
+        || threads == 0 || threads > 1024 || threads % kWarpSize != 0 || shared_bytes > kSharedBytes || cluster == 0
+        || cluster > kMaxBlocks || grid.x % cluster != 0 || threads * cluster > kMaxThreads)
     {
         return cudaErrorInvalidValue;
     }
@@ -159,10 +196,10 @@ cudaError_t runGrid(dim3 grid, unsigned threads, size_t shared_bytes, const std:
     {
         for (unsigned y = 0; y < grid.y; ++y)
         {
-            for (unsigned x = 0; x < grid.x; ++x)
+            for (unsigned x = 0; x < grid.x; x += cluster)
             {
-                block_index = {x, y, z};
-                runBlock(threads, (x + y + z) % 2 == 1);
+                first_block = {x, y, z};
+                runCluster(threads, cluster, (x / cluster + y + z) % 2 == 1);
             }
         }
     }
@@ -171,7 +208,7 @@ cudaError_t runGrid(dim3 grid, unsigned threads, size_t shared_bytes, const std:
 
 void waitForBlock()
 {
-    wait(block_barrier);
+    wait(block_barriers[rank()]);
 }
 
 void waitForWarp()
@@ -179,9 +216,28 @@ void waitForWarp()
     wait(warp_barriers[current / kWarpSize]);
 }
 
-char* sharedMemory()
+void waitForCluster()
 {
-    return shared_memory;
+    wait(cluster_barrier);
+}
+
+void letOthersRun()
+{
+    polling.push_back(current);
+    if (_setjmp(fibers[current].context) == 0)
+    {
+        _longjmp(scheduler, 1);
+    }
+}
+
+unsigned rank()
+{
+    return current / block_size.x;
+}
+
+char* sharedMemory(unsigned rank)
+{
+    return shared_memory[rank];
 }
 
 const void* exchange(const void* value, size_t bytes)
@@ -192,9 +248,9 @@ const void* exchange(const void* value, size_t bytes)
     return values;
 }
 
-void startCopy(void* to, const void* from, bool valid)
+void startCopy(void* to, const void* from, bool valid, size_t bytes)
 {
-    fibers[current].open.push_back({to, from, valid});
+    fibers[current].open.push_back({to, from, valid, bytes});
 }
 
 void commitCopies()
@@ -211,7 +267,7 @@ void waitCopies(int pending)
     {
         for (const Copy& copy : groups.front())
         {
-            copy.valid ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+            copy.valid ? std::memcpy(copy.to, copy.from, copy.bytes) : std::memset(copy.to, 0, copy.bytes);
         }
         groups.erase(groups.begin());
     }
@@ -219,20 +275,22 @@ void waitCopies(int pending)
 
 } // namespace emulation
 
-int __syncthreads_and(int predicate)
+int __syncthreads_count(int predicate)
 {
-    static int refused[2];
-    static unsigned round; // of the whole block: two of them never overlap, thanks to the second barrier
-    refused[round % 2] |= predicate == 0;
+    static int counts[emulation::kMaxBlocks];
+    int& count = counts[emulation::rank()];
+    count += predicate != 0;
     emulation::waitForBlock();
-    const int all = refused[round % 2] == 0;
+    const int all = count;
     emulation::waitForBlock();
-    if (emulation::thread_index.x == 0)
-    {
-        refused[round++ % 2] = 0;
-    }
+    count = 0;
     emulation::waitForBlock();
     return all;
+}
+
+int __syncthreads_and(int predicate)
+{
+    return __syncthreads_count(predicate) == static_cast<int>(emulation::block_size.x);
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t)

@@ -1,9 +1,10 @@
 // CUDA kernels on the CPU, for tests: the sources of plugins/cuda compiled as C++ with this header included first.
 //
-// One thread block runs at a time, each of its threads as a fiber that runs until it has to wait for others. It is slow,
+// One cluster of thread blocks, mostly of one, runs at a time, each thread as a fiber that runs until it has to wait for
+// others. It is slow,
 // but it finds wrong indices, missing waits for asynchronous copies, reads of shared memory that nothing wrote, and
 // barriers that not all threads reach, on a machine without a GPU. What it cannot find is a missing barrier between
-// threads that happen to run in the right order; odd thread blocks start their threads in reverse to make that rarer.
+// threads that happen to run in the right order; odd clusters start their threads in reverse to make that rarer.
 #pragma once
 
 #include "cuda_bf16.h"
@@ -29,22 +30,28 @@ struct Coordinates
 
 constexpr unsigned kWarpSize = 32;
 constexpr size_t kSharedBytes = 99 * 1024; // what every supported GPU grants
+constexpr unsigned kMaxBlocks = 8;        // of a cluster
 
 // The thread that runs now.
 extern Coordinates thread_index, block_index, block_size, grid_size;
 
-// Run `thread` once for every thread of the grid; cudaErrorInvalidValue if a GPU would refuse the launch.
-cudaError_t runGrid(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& thread);
+// Run `thread` once for every thread of the grid; cudaErrorInvalidValue if a GPU would refuse the launch. Clusters lie
+// along x.
+cudaError_t runGrid(
+    dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& thread, unsigned cluster = 1);
 
 void waitForBlock();
 void waitForWarp();
-char* sharedMemory();
+void waitForCluster();
+void letOthersRun();
+unsigned rank(); // of the thread block in its cluster
+char* sharedMemory(unsigned rank);
 
 // Every lane of the warp gives `bytes` bytes and receives all lanes'.
 const void* exchange(const void* value, size_t bytes);
 
 // Asynchronous copies of the thread, done when they are waited for.
-void startCopy(void* to, const void* from, bool valid);
+void startCopy(void* to, const void* from, bool valid, size_t bytes);
 void commitCopies();
 void waitCopies(int pending);
 
@@ -61,10 +68,10 @@ inline unsigned lane()
 
 } // namespace emulation
 
-#define threadIdx emulation::thread_index
-#define blockIdx emulation::block_index
-#define blockDim emulation::block_size
-#define gridDim emulation::grid_size
+inline emulation::Coordinates& threadIdx = emulation::thread_index;
+inline emulation::Coordinates& blockIdx = emulation::block_index;
+inline emulation::Coordinates& blockDim = emulation::block_size;
+inline emulation::Coordinates& gridDim = emulation::grid_size;
 
 inline void __syncthreads()
 {
@@ -72,6 +79,7 @@ inline void __syncthreads()
 }
 
 int __syncthreads_and(int predicate);
+int __syncthreads_count(int predicate);
 
 inline void __syncwarp()
 {
@@ -108,6 +116,39 @@ inline unsigned __ballot_sync(unsigned, int predicate)
     return ballot;
 }
 
+inline int __clz(int value)
+{
+    return value == 0 ? 32 : __builtin_clz(value);
+}
+
+inline unsigned __umulhi(unsigned left, unsigned right)
+{
+    return static_cast<unsigned>(static_cast<uint64_t>(left) * right >> 32);
+}
+
+inline unsigned __funnelshift_lc(unsigned low, unsigned high, unsigned shift)
+{
+    return shift >= 32 ? low : static_cast<unsigned>(((static_cast<uint64_t>(high) << 32 | low) << shift) >> 32);
+}
+
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector)
+{
+    const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+    unsigned result = 0;
+    for (unsigned i = 0; i < 4; ++i)
+    {
+        result |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    }
+    return result;
+}
+
+inline unsigned atomicOr(unsigned* address, unsigned value)
+{
+    const unsigned old = *address;
+    *address |= value;
+    return old;
+}
+
 inline int __popc(unsigned bits)
 {
     return __builtin_popcount(bits);
@@ -141,12 +182,12 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, s
 // In place of plugins/cuda/ptx.cuh.
 inline char* dynamicShared()
 {
-    return emulation::sharedMemory();
+    return emulation::sharedMemory(emulation::rank());
 }
 
 inline void copyAsync16(void* shared, const void* global, bool valid)
 {
-    emulation::startCopy(shared, global, valid);
+    emulation::startCopy(shared, global, valid, 16);
 }
 
 inline void commitCopies()
@@ -225,3 +266,5 @@ void multiplyAdd(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t 
 
 #define HIP_TRT_LAUNCH_CUH
 #define HIP_TRT_PTX_CUH
+
+#include "cluster.h"
