@@ -251,8 +251,7 @@ def _as_toolkit(packages: Path, toolkit: Path) -> Path:
     """Lay the registry's packages out as an installed toolkit, with links, and return its ``nvcc``.
 
     The packages differ from a toolkit in lib64 being called lib, and in the missing link libcudart.so; nvcc and CMake
-    look for both. The folder keeps its place when build isolation puts the packages elsewhere each time, so CMake's
-    cache stays valid.
+    look for both. Build isolation puts the packages elsewhere each time, so the folder is made anew for each build.
     """
     shutil.rmtree(toolkit, ignore_errors=True)
     (toolkit / "lib64").mkdir(parents=True)
