@@ -106,7 +106,8 @@ def test_pages_may_be_anywhere(library: Library, name: str) -> None:
 
 
 def test_a_sequence_gets_the_same_bits_alone(library: Library) -> None:
-    case = large((20000, 500, 7000), (1, 1, 1), "company", dtype=torch.bfloat16)
+    """In float32, which portable kernels compute; clusters split a sequence further where there is room."""
+    case = large((20000, 500, 7000), (1, 1, 1), "company", dtype=torch.float32)
     inputs = make_inputs(case)
     together = run(library, case, inputs, "cuda")
     for b in range(3):
