@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from hip_trt.errors import CheckpointError
+from hip_trt.errors import CheckpointError, ConfigError
 from hip_trt.export.families import Family, find_family
 from hip_trt.export.gguf_file import read_gguf
 from hip_trt.export.hub import fetch, looks_like_hub_id
 from hip_trt.export.safetensors_folder import stored_tensors
 from hip_trt.export.stored import StoredTensor
+from hip_trt.model_support import check_model, resolve_context
 from hip_trt.progress import Steps
 
 TOKENIZER_FILES = (
@@ -44,6 +45,7 @@ class Checkpoint:
         config: its configuration.
         dtype: the type it is stored in; float16 for quantized GGUF files.
         tensors: weights by transformers' names.
+        max_context: longest context that it may be given with HiP, in tokens.
         frequency_factors: [head_dim / 2], divisors of RoPE's frequencies beyond what ``config`` says; None for 1.
     """
 
@@ -53,6 +55,7 @@ class Checkpoint:
     config: PreTrainedConfig
     dtype: torch.dtype
     tensors: Mapping[str, StoredTensor] = field(repr=False)
+    max_context: int
     frequency_factors: Tensor | None = None
 
     def save_tokenizer(self, folder: Path) -> list[str]:
@@ -98,7 +101,9 @@ class Checkpoint:
         return GenerationConfig.from_model_config(self.config)
 
 
-def open_checkpoint(source: str | Path, *, allow_download: bool = False, steps: Steps | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: str | Path, *, max_context: int | None = None, allow_download: bool = False, steps: Steps | None = None
+) -> Checkpoint:
     """Open a checkpoint.
 
     A path that exists is used as it is. Otherwise, a text of the form org/name is a Hugging Face hub id: its copy in
@@ -106,12 +111,14 @@ def open_checkpoint(source: str | Path, *, allow_download: bool = False, steps: 
 
     Args:
         source: a folder in Hugging Face format with safetensors weights, a .gguf file, or a hub id.
+        max_context: longest context that is wanted, in tokens; by default the model's own.
         allow_download: whether what the local cache lacks may be fetched from the hub.
         steps: shows progress.
 
     Raises:
-        CheckpointError: it is missing, damaged, incomplete, quantized other than GGUF, or of a family that cannot be
-            exported.
+        CheckpointError: it is missing, damaged, incomplete, quantized other than GGUF, of a family that cannot be
+            exported, or attends in another way than HiP at the length wanted.
+        ConfigError: ``max_context`` is beyond the model's own context.
     """
     steps = steps or Steps()
     path = Path(source).expanduser()
@@ -124,22 +131,28 @@ def open_checkpoint(source: str | Path, *, allow_download: bool = False, steps: 
             )
         path = fetch(name, allow_download=allow_download, steps=steps)
     with steps.step("Read the checkpoint"):
-        return _open_folder(path, name) if path.is_dir() else _open_gguf(path)
+        return _open_folder(path, name, max_context) if path.is_dir() else _open_gguf(path, max_context)
 
 
-def _open_gguf(path: Path) -> Checkpoint:
+def _open_gguf(path: Path, max_context: int | None) -> Checkpoint:
     if path.suffix.lower() != ".gguf":
         raise CheckpointError(f"{path}: not a .gguf file.", "Give a .gguf file, or the folder that holds the model.")
     file = read_gguf(path)
-    family = find_family("LlamaForCausalLM", str(path))
-    family.check(file.config)
-    return Checkpoint(path, file.name, family, file.config, file.dtype, file.tensors, file.frequency_factors)
+    family = find_family(file.config.to_dict(), str(path))
+    context = _check(file.config, str(path), max_context)
+    return Checkpoint(path, file.name, family, file.config, file.dtype, file.tensors, context, file.frequency_factors)
 
 
-def _open_folder(path: Path, name: str) -> Checkpoint:
+def _check(config: PreTrainedConfig, where: str, max_context: int | None) -> int:
+    """Refuse what HiP cannot represent; the longest context otherwise."""
+    check_model(config, where)
+    return resolve_context(config, where, max_context, option="--max-context {}")
+
+
+def _open_folder(path: Path, name: str, max_context: int | None) -> Checkpoint:
     where = path / "config.json"
     fields = _read_config(path, where)
-    family = find_family(_architecture(fields, where), str(where))
+    family = find_family(fields, str(where))
     if "quantization_config" in fields:
         method = dict(fields["quantization_config"] or {}).get("quant_method", "unknown")
         raise CheckpointError(
@@ -149,14 +162,14 @@ def _open_folder(path: Path, name: str) -> Checkpoint:
     try:
         with _quiet():
             config = family.config_class.from_dict(fields)
-            family.check(config)
-    except CheckpointError:
+            context = _check(config, str(where), max_context)
+    except (CheckpointError, ConfigError):
         raise
     except Exception as error:  # transformers' validation raises errors of many kinds
         raise CheckpointError(f"{where}: not a valid configuration ({_one_line(error)}).") from None
     tensors = stored_tensors(path)
     _settle_tied(config, tensors)
-    return Checkpoint(path, name, family, config, _dtype(config, tensors), tensors)
+    return Checkpoint(path, name, family, config, _dtype(config, tensors), tensors, context)
 
 
 def _read_config(path: Path, where: Path) -> dict[str, Any]:
@@ -175,17 +188,6 @@ def _read_config(path: Path, where: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise CheckpointError(f"{where}: not a model's configuration.", "Give a folder in Hugging Face format.")
     return fields
-
-
-def _architecture(fields: Mapping[str, Any], where: Path) -> str:
-    match fields.get("architectures"), fields.get("model_type"):
-        case [str(architecture), *_], _:
-            return architecture
-        case _, "llama":
-            return "LlamaForCausalLM"
-        case _, str(model_type):
-            return model_type
-    raise CheckpointError(f"{where}: it names no architecture.", "Give a folder in Hugging Face format.")
 
 
 def _settle_tied(config: PreTrainedConfig, tensors: dict[str, StoredTensor]) -> None:

@@ -1,21 +1,26 @@
-"""Model families that can be exported.
+"""Model families that can be exported: a line each. docs/adding_a_family.md says how to add one.
 
-A family needs what :mod:`hip_trt.export.graph` relies on: decoder layers that call transformers' attention interface
-with a ``layer_idx``, full attention, and rotary frequencies that do not depend on the sequence length.
+A family needs what :mod:`hip_trt.export.graph` relies on: a causal language model of transformers whose decoder layers
+call its attention interface with a ``layer_idx``. Everything else (norms, biases, multipliers, layers without RoPE) is
+traced from transformers' own code. What a configuration asks for beyond HiP is refused by
+:mod:`hip_trt.model_support`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.metadata
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import transformers
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hip_trt.errors import CheckpointError
+from hip_trt.model_support import unsupported
 
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-"""RoPE variants whose frequencies are constants; 'dynamic' and 'longrope' change theirs with the sequence length."""
+ENTRY_POINTS = "hip_trt.families"
+"""Group of package entry points that name further :class:`Family` objects, for the command line."""
 
 
 @dataclass(frozen=True)
@@ -23,18 +28,20 @@ class Family:
     """One architecture that can be exported.
 
     Attributes:
-        architecture: class name in transformers, as in the "architectures" field of config.json.
+        architecture: class name of the causal language model, as in the "architectures" field of config.json.
         model_type: its "model_type" in config.json.
-        check: raises CheckpointError where a configuration asks for what the exported graph cannot do.
+        layers: where the model keeps its list of decoder layers.
+        implementation: the class, if transformers does not have it under that name.
     """
 
     architecture: str
     model_type: str
-    check: Callable[[PreTrainedConfig], None]
+    layers: str = "model.layers"
+    implementation: type[PreTrainedModel] | None = None
 
     @property
-    def model_class(self) -> type[transformers.PreTrainedModel]:
-        model_class: type[transformers.PreTrainedModel] = getattr(transformers, self.architecture)
+    def model_class(self) -> type[PreTrainedModel]:
+        model_class: type[PreTrainedModel] = self.implementation or getattr(transformers, self.architecture)
         return model_class
 
     @property
@@ -43,23 +50,55 @@ class Family:
         return config_class
 
 
-def _check_llama(config: PreTrainedConfig) -> None:
-    rope_type = config.rope_parameters["rope_type"]
-    if rope_type not in STATIC_ROPE:
-        raise CheckpointError(
-            f"rope_scaling: type '{rope_type}' is not supported; it must be one of {', '.join(STATIC_ROPE)}.",
-            "Its frequencies depend on the length of the sequence, so that cached keys would go stale.",
-        )
+FAMILIES = {
+    family.architecture: family
+    for family in (
+        Family("LlamaForCausalLM", "llama"),  # Llama 2, 3, 3.1, 3.2; SmolLM 2
+        Family("MistralForCausalLM", "mistral"),
+        Family("Qwen2ForCausalLM", "qwen2"),  # Qwen 2, 2.5
+        Family("Qwen3ForCausalLM", "qwen3"),
+        Family("SmolLM3ForCausalLM", "smollm3"),
+        Family("Phi3ForCausalLM", "phi3"),  # Phi 3, 3.5, 4
+        Family("GraniteForCausalLM", "granite"),
+        Family("Olmo2ForCausalLM", "olmo2"),
+    )
+}
 
 
-FAMILIES = {family.architecture: family for family in (Family("LlamaForCausalLM", "llama", _check_llama),)}
+def register_family(family: Family) -> None:
+    """Add a family to those that can be exported, or replace one."""
+    FAMILIES[family.architecture] = family
 
 
-def find_family(architecture: str, where: str) -> Family:
-    """The family of an architecture, or CheckpointError naming it; ``where`` says which file asks."""
+def find_family(fields: Mapping[str, Any], where: str) -> Family:
+    """The family of a configuration.
+
+    Args:
+        fields: of config.json.
+        where: its path, for messages.
+
+    Raises:
+        CheckpointError: naming the architecture, and what it has that HiP does not support.
+    """
+    architecture = _architecture(fields, where)
     if architecture not in FAMILIES:
+        for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+            register_family(entry.load())
+    if architecture not in FAMILIES:
+        what = unsupported(fields.get)
+        because = f": it {what}, which HiP does not support" if what else ""
         raise CheckpointError(
-            f"{where}: the architecture is {architecture}, which cannot be exported.",
-            f"Supported: {', '.join(FAMILIES)}.",
+            f"{where}: the architecture is {architecture}, which cannot be exported{because}.",
+            f"Supported: {', '.join(FAMILIES)}." + ("" if what else " docs/adding_a_family.md says how to add one."),
         )
     return FAMILIES[architecture]
+
+
+def _architecture(fields: Mapping[str, Any], where: str) -> str:
+    match fields.get("architectures"), fields.get("model_type"):
+        case [str(architecture), *_], _:
+            return architecture
+        case _, str(model_type):
+            named = [family.architecture for family in FAMILIES.values() if family.model_type == model_type]
+            return named[0] if named else model_type
+    raise CheckpointError(f"{where}: it names no architecture.", "Give a folder in Hugging Face format.")

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -23,12 +23,14 @@ from accelerate import init_empty_weights
 from onnx_ir.passes.common import IdentityEliminationPass
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from hip_trt import operator
 from hip_trt.config import HipConfig
+from hip_trt.errors import ExportError
 from hip_trt.export.families import Family
-from hip_trt.export.layers import TRACED, layer_of, renumber, repeat_layers
+from hip_trt.export.layers import LayerNames, find_pattern, layer_kinds, repeat_layers
+from hip_trt.model_support import LIMITED_ROPE, check_call, fill_heads, heads, kernel_head_dim
 from hip_trt.spec import Logits
 
 OPSET = 20
@@ -47,11 +49,12 @@ class PagedCausalLM(nn.Module):
         causal_lm: a model whose attention implementation is :data:`ATTENTION`.
         config: pruning.
         logits: "last" or "all".
+        max_context: longest context that the model will be given, in tokens.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, config: HipConfig, logits: Logits) -> None:
+    def __init__(self, causal_lm: PreTrainedModel, config: HipConfig, logits: Logits, max_context: int) -> None:
         super().__init__()
-        self.causal_lm, self.config, self.logits = causal_lm, config, logits
+        self.causal_lm, self.config, self.logits, self.max_context = causal_lm, config, logits, max_context
 
     def forward(
         self, input_ids: Tensor, past_lengths: Tensor, query_lengths: Tensor, page_table: Tensor, refresh_mask: Tensor,
@@ -62,9 +65,13 @@ class PagedCausalLM(nn.Module):
         Shapes are those of the model graph in docs/operator.md; ``state`` holds past_key, past_value and past_nodes of
         each layer.
         """
-        present: list[tuple[Tensor, ...]] = []
+        present: dict[int, tuple[Tensor, ...]] = {}
 
-        def attention(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, **options: Any
+                      ) -> Tensor:
+            check_call(module, key, value, max_context=self.max_context, **options)
+            layer, head_dim = cast(int, module.layer_idx), query.shape[-1]
+            query, key, value = fill_heads(query, key, value)
             past_key, past_value, past_nodes = state[layer]
             attributes: dict[str, Any] = {**operator.attributes(self.config, scale=scale, layer=layer)}
             output, *rest = torch.onnx.ops.symbolic_multi_out(
@@ -76,17 +83,30 @@ class PagedCausalLM(nn.Module):
                 shapes=(query.shape, past_key.shape, past_value.shape, past_nodes.shape),
                 version=operator.OP_VERSION,
             )
-            present.append(tuple(rest))
-            return output.transpose(1, 2)
+            present[layer] = tuple(rest)
+            return output[..., :head_dim].transpose(1, 2)
+
+        def keep_last(model: nn.Module, arguments: Any, result: Any) -> None:
+            hidden = result.last_hidden_state
+            last = (query_lengths.to(torch.int64) - 1).clamp(min=0)  # idle rows have no last token; any will do
+            result.last_hidden_state = hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[2]))
 
         positions = past_lengths.to(torch.int64)[:, None] + torch.arange(input_ids.shape[1])
-        hidden = self.causal_lm.base_model(
-            input_ids=input_ids, position_ids=positions, use_cache=False, hip_attention=attention
-        ).last_hidden_state
-        if self.logits == "last":
-            last = (query_lengths.to(torch.int64) - 1).clamp(min=0)  # idle rows have no last token; any will do
-            hidden = hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[2]))
-        return self.causal_lm.get_output_embeddings()(hidden).float(), present
+        # What follows the decoder is the model's own too: some scale their logits.
+        hook = self.causal_lm.base_model.register_forward_hook(keep_last) if self.logits == "last" else None
+        try:
+            logits = self.causal_lm(
+                input_ids=input_ids, position_ids=positions, use_cache=False, hip_attention=attention
+            ).logits
+        finally:
+            if hook is not None:
+                hook.remove()
+        missing = set(range(len(state))) - set(present)
+        if missing:
+            raise ExportError(
+                f"{type(self.causal_lm).__name__}: layer {min(missing)} did not call transformers' attention interface."
+            )
+        return logits.float(), [present[layer] for layer in range(len(state))]
 
 
 def _attention_forward(
@@ -94,7 +114,7 @@ def _attention_forward(
     dropout: float = 0.0, *, hip_attention: Any, **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: queries [B, Hq, S, D] and keys [B, Hkv, S, D] to [B, S, Hq, D]."""
-    return hip_attention(module.layer_idx, query, key, value, scaling), None
+    return hip_attention(module, query, key, value, scaling, dropout=dropout, **kwargs), None
 
 
 AttentionInterface.register(ATTENTION, _attention_forward)
@@ -141,46 +161,68 @@ def buffers(family: Family, config: PreTrainedConfig) -> dict[str, Tensor]:
     return dict(model.named_buffers())
 
 
-def trace(model_config: PreTrainedConfig, config: HipConfig, *, dtype: torch.dtype, logits: Logits,
-          constants: Mapping[str, Tensor]) -> Trace:
-    """Make the model graph. Three layers are traced and the others copied, unless layers turn out to differ.
+def trace(family: Family, model_config: PreTrainedConfig, config: HipConfig, *, dtype: torch.dtype, logits: Logits,
+          constants: Mapping[str, Tensor], max_context: int) -> Trace:
+    """Make the model graph. As many layers are traced as show how the others follow, and these are copied; all are
+    traced where no such rule is found.
 
     Args:
-        model_config: the architecture and its sizes.
+        family: the architecture.
+        model_config: its sizes.
         config: pruning; ``dense_layers`` are below the number of layers.
         dtype: type of weights, activations and KV pools.
         logits: "last" or "all".
         constants: value of each buffer, see :func:`buffers`.
+        max_context: longest context that the model will be given, in tokens.
     """
+    with init_empty_weights():
+        pattern = find_pattern(layer_kinds(family.model_class(model_config).get_submodule(family.layers)))
+    request = _Request(family, model_config, config, dtype, logits, constants, max_context)
     layers = model_config.num_hidden_layers
-    traced = _trace(model_config, config, dtype, logits, constants, min(layers, TRACED))
-    if layers <= TRACED:
+    traced = _trace(request, min(layers, pattern.traced))
+    if layers <= pattern.traced:
         return traced
-    if not repeat_layers(traced.model.graph, layers, config.dense_layers):
-        return _trace(model_config, config, dtype, logits, constants, layers)
+    names = LayerNames(family.layers)
+    if not repeat_layers(traced.model.graph, names, pattern, layers, config.dense_layers):
+        return _trace(request, layers)
     for name, weight in list(traced.weights.items()):
-        if layer_of(name) == TRACED - 1:
-            for layer in range(TRACED, layers):
-                traced.weights[renumber(name, layer)] = Weight(renumber(weight.parameter, layer), weight.transposed)
+        layer = names.layer_of(name)
+        if layer is not None and layer >= pattern.traced - pattern.period:
+            for shift in range(pattern.period, layers - layer, pattern.period):
+                traced.weights[names.shift(name, shift)] = Weight(
+                    names.shift(weight.parameter, shift), weight.transposed
+                )
     return traced
 
 
-def _trace(
-    model_config: PreTrainedConfig, config: HipConfig, dtype: torch.dtype, logits: Logits,
-    constants: Mapping[str, Tensor], layers: int,
-) -> Trace:
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of :func:`trace`."""
+
+    family: Family
+    model_config: PreTrainedConfig
+    config: HipConfig
+    dtype: torch.dtype
+    logits: Logits
+    constants: Mapping[str, Tensor]
+    max_context: int
+
+
+def _trace(request: _Request, layers: int) -> Trace:
     """The graph of a model with this many layers."""
-    model_config = copy.deepcopy(model_config)
+    config, constants = request.config, request.constants
+    model_config = copy.deepcopy(request.model_config)
     model_config.num_hidden_layers = layers
     with _quiet():
         with FakeTensorMode():
-            causal_lm = AutoModelForCausalLM.from_config(
-                model_config, dtype=dtype, attn_implementation=ATTENTION
+            causal_lm = request.family.model_class._from_config(
+                model_config, dtype=request.dtype, attn_implementation=ATTENTION
             ).eval()
-            arguments, dynamic = _example(model_config, config, dtype)
+            arguments, dynamic = _example(model_config, config, request.dtype)
+        _hold_rope(causal_lm)
         onnx_program = torch.onnx.export(
-            PagedCausalLM(causal_lm, config, logits), arguments, dynamic_shapes=dynamic, dynamo=True,
-            opset_version=OPSET, optimize=False, verbose=False,
+            PagedCausalLM(causal_lm, config, request.logits, request.max_context), arguments, dynamic_shapes=dynamic,
+            dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
             input_names=_input_names(layers), output_names=_output_names(layers),
         )
         assert onnx_program is not None
@@ -196,6 +238,13 @@ def _trace(
     weights = _transpose_weights(model.graph, {name: Weight(name, False) for name in tied.values()})
     _name_nodes(model, constants)
     return Trace(model, weights)
+
+
+def _hold_rope(model: nn.Module) -> None:
+    """Keep RoPE's frequencies as they are: up to the longest context they do not depend on the length."""
+    for module in model.modules():
+        if getattr(module, "rope_type", None) in LIMITED_ROPE:
+            module.rope_type = "default"  # type: ignore[assignment]
 
 
 def _name_initializers(graph: ir.Graph, parameters: Mapping[str, str], constants: Mapping[str, Tensor]) -> None:
@@ -263,9 +312,9 @@ def _name_nodes(model: ir.Model, constants: Container[str]) -> None:
 def _example(model_config: PreTrainedConfig, config: HipConfig, dtype: torch.dtype) -> tuple[tuple[Any, ...], Any]:
     """Example arguments of the traced forward, and which of their dimensions are dynamic."""
     batch, sequence, pages, slots = 2, 3, 7, 5  # all different and above 1, so that none is taken for another
-    kv_heads = model_config.num_key_value_heads
-    masks = config.num_masks(model_config.num_attention_heads, kv_heads)
-    pool = (pages, kv_heads, config.page_size, model_config.head_dim)
+    shape = heads(model_config, "configuration")
+    masks = config.num_masks(shape.query, shape.key_value)
+    pool = (pages, shape.key_value, config.page_size, kernel_head_dim(shape.size))
 
     def integers(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.int32)

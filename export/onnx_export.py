@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -23,6 +23,7 @@ from hip_trt.export.function import add_function
 from hip_trt.export.graph import Trace, buffers, parameter_shapes, trace
 from hip_trt.export.stored import check_shapes, convert
 from hip_trt.files import Staging, require_space, staging
+from hip_trt.model_support import heads, kernel_head_dim
 from hip_trt.progress import Step, Steps
 from hip_trt.spec import METADATA_KEY, DType, Logits, ModelSpec
 
@@ -62,7 +63,9 @@ def export_onnx(
     config: HipConfig | None = None,
     dtype: DType | None = None,
     logits: Logits = "last",
+    max_context: int | None = None,
     allow_download: bool = False,
+    check: Callable[[ModelSpec], None] | None = None,
     steps: Steps | None = None,
 ) -> ExportedModel:
     """Export a checkpoint with HiP attention to ONNX.
@@ -79,7 +82,10 @@ def export_onnx(
         dtype: type of weights, activations and KV cache; by default the checkpoint's own, and float16 for a quantized
             GGUF file.
         logits: "last": of the last valid token of each row, [B, 1, vocab_size]; "all": of every token.
+        max_context: longest context that the exported model will be given, in tokens; by default the model's own. A
+            model that attends in another way beyond some length (a sliding window) can be exported up to it.
         allow_download: whether a hub id that is not in the local Hugging Face cache may be fetched.
+        check: called with the model's facts before any work; what it raises ends the export.
         steps: shows progress and warnings, and keeps times.
 
     Raises:
@@ -100,8 +106,10 @@ def export_onnx(
     if path.is_dir():
         raise ExportError(f"{path}: a folder stands where a file should go.", "Choose another --out.")
     with staging(path.parent) as stage:
-        checkpoint = open_checkpoint(model, allow_download=allow_download, steps=steps)
+        checkpoint = open_checkpoint(model, max_context=max_context, allow_download=allow_download, steps=steps)
         spec = _spec(checkpoint, config, dtype, logits)
+        if check is not None:
+            check(spec)
         shapes = parameter_shapes(checkpoint.family, checkpoint.config)
         warnings = _check_checkpoint(checkpoint, shapes)
         size = sum(math.prod(shape) for shape in shapes.values()) * spec.torch_dtype.itemsize
@@ -111,7 +119,8 @@ def export_onnx(
             side_files = _save_side_files(checkpoint, config, stage, path)
         with steps.step(f"Trace {spec.num_layers} layers"):
             traced = trace(
-                checkpoint.config, config, dtype=spec.torch_dtype, logits=logits, constants=_constants(checkpoint)
+                checkpoint.family, checkpoint.config, config, dtype=spec.torch_dtype, logits=logits,
+                constants=_constants(checkpoint), max_context=checkpoint.max_context,
             )
         with steps.step("Write the weights", total=size) as advance:
             data = _write_weights(checkpoint, traced, spec.torch_dtype, stage, path.stem, advance)
@@ -131,7 +140,7 @@ def _check_choice(field: str, value: str | None, allowed: Sequence[str | None]) 
 
 
 def _spec(checkpoint: Checkpoint, config: HipConfig, dtype: DType | None, logits: Logits) -> ModelSpec:
-    model = checkpoint.config
+    model, shape = checkpoint.config, heads(checkpoint.config, str(checkpoint.path))
     if config.dense_layers and config.dense_layers[-1] >= model.num_hidden_layers:
         raise ConfigError(
             f"dense_layers: {config.dense_layers[-1]} is not allowed; the model has layers 0 to "
@@ -141,11 +150,11 @@ def _spec(checkpoint: Checkpoint, config: HipConfig, dtype: DType | None, logits
         model_type=checkpoint.family.model_type,
         source=checkpoint.name,
         num_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        head_dim=model.head_dim,
+        num_attention_heads=shape.query,
+        num_key_value_heads=shape.key_value,
+        head_dim=kernel_head_dim(shape.size),
         vocab_size=model.vocab_size,
-        max_position_embeddings=model.max_position_embeddings,
+        max_position_embeddings=checkpoint.max_context,
         dtype=dtype or str(checkpoint.dtype).removeprefix("torch."),  # type: ignore[arg-type]
         logits=logits,
         hip=config,

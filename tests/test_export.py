@@ -31,7 +31,7 @@ from hip_trt.config import HipConfig
 from hip_trt.errors import CheckpointError, ConfigError, ExportError
 from hip_trt.export import ExportedModel, export_onnx, graph, onnx_export
 from hip_trt.export.families import FAMILIES
-from hip_trt.export.layers import repeat_layers
+from hip_trt.export.layers import LayerNames, Pattern, repeat_layers
 from hip_trt.spec import METADATA_KEY, ModelSpec
 
 SPARSE = HipConfig.create(
@@ -217,9 +217,10 @@ def test_precision_rules(tmp_path: Path, dtype: str) -> None:
 
 def test_copied_layers_equal_traced_ones() -> None:
     config, hip = tiny_llama(num_hidden_layers=5, attention_bias=True).config, SPARSE.replace(dense_layers=[1, 3])
-    constants = graph.buffers(FAMILIES["LlamaForCausalLM"], config)
-    copied = graph.trace(config, hip, dtype=torch.float16, logits="last", constants=constants)
-    whole = graph._trace(config, hip, torch.float16, "last", constants, 5)
+    family = FAMILIES["LlamaForCausalLM"]
+    constants = graph.buffers(family, config)
+    copied = graph.trace(family, config, hip, dtype=torch.float16, logits="last", constants=constants, max_context=512)
+    whole = graph._trace(graph._Request(family, config, hip, torch.float16, "last", constants, 512), 5)
     assert copied.weights == whole.weights
 
     def proto(traced: graph.Trace) -> onnx.GraphProto:
@@ -246,7 +247,8 @@ def test_all_layers_are_traced_where_they_differ(monkeypatch: pytest.MonkeyPatch
     empty = graph.Trace(ir.Model(ir.Graph((), (), nodes=()), ir_version=10), {})
     monkeypatch.setattr(graph, "_trace", lambda *args: traced.append(args[-1]) or empty)
     config = tiny_llama(num_hidden_layers=5).config
-    graph.trace(config, SPARSE, dtype=torch.float16, logits="last", constants={})
+    family = FAMILIES["LlamaForCausalLM"]
+    graph.trace(family, config, SPARSE, dtype=torch.float16, logits="last", constants={}, max_context=512)
     assert traced == [3, 5]
 
 
@@ -268,10 +270,11 @@ def test_layers_that_differ_are_not_copied() -> None:
             node.name = node.outputs[0].name
         return made
 
-    assert repeat_layers(model().graph, 5, ()) is True
+    names, pattern = LayerNames("model.layers"), Pattern(1, 1)
+    assert repeat_layers(model().graph, names, pattern, 5, ()) is True
     for changed in ({"axis": 0}, {"operator": "Sigmoid"}, {"source": "model.layers.0/Add"}, {"source": "x"}):
         made = model(**changed)
-        assert repeat_layers(made.graph, 5, ()) is False
+        assert repeat_layers(made.graph, names, pattern, 5, ()) is False
         assert len(list(made.graph)) == 7
 
 

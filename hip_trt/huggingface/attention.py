@@ -13,12 +13,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
 from hip_trt.config import HipConfig
 from hip_trt.errors import CheckpointError, ConfigError, RuntimeInputError
 from hip_trt.huggingface.cache import HipCache
+from hip_trt.model_support import check_call, check_model, fill_heads, limits, resolve_context
 
 ATTENTION = "hip_trt"
 """The attention implementation's name in transformers."""
@@ -28,7 +29,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _patched: WeakKeyDictionary[nn.Module, tuple[str, RemovableHandle]] = WeakKeyDictionary()
 
 
-def patch(model: Model, config: HipConfig | None = None) -> Model:
+def patch(model: Model, config: HipConfig | None = None, *, max_context: int | None = None) -> Model:
     """Run a model's attention with HiP: through the reference on the CPU, the CUDA kernels on a GPU.
 
     ``model(...)`` and ``model.generate(...)`` work as before: greedy, sampling and beam search, batches padded on
@@ -37,23 +38,29 @@ def patch(model: Model, config: HipConfig | None = None) -> Model:
     are read.
 
     Args:
-        model: a Llama, or another decoder-only model whose layers all use causal full attention through transformers'
-            attention interface. Changed in place.
+        model: a decoder-only model of transformers whose layers call its attention interface: Llama, Mistral, Qwen,
+            SmolLM, Phi, Granite, OLMo and others. Changed in place.
         config: pruning; the defaults if None. A model that is patched already takes the new one.
+        max_context: longest context that the model will be given, in tokens; by default its own. A model that attends
+            in another way beyond some length (a sliding window) can be patched up to it.
 
     Returns:
         The model.
 
     Raises:
-        CheckpointError: naming what the model has that HiP does not do: sliding windows, chunked attention,
-            soft-capping, attention that is not causal, an encoder.
-        ConfigError: if a dense layer is beyond the model's last.
+        CheckpointError: naming what the model has that HiP does not do: sliding windows shorter than the context,
+            chunked attention, soft-capping, attention that is not causal, an encoder.
+        ConfigError: if a dense layer is beyond the model's last, or ``max_context`` beyond its context.
         RuntimeInputError: later, from a call that asks for attention weights, dropout, a 4-D mask, packed sequences,
-            or brings another kind of cache.
+            brings another kind of cache, or exceeds ``max_context``.
     """
     config = config or HipConfig.create()
     _check_model(model)
     assert isinstance(model, PreTrainedModel)
+    # Beyond its own context a model is the user's affair, unless it changes there.
+    context = None
+    if max_context is not None or any(limits(model.config)):
+        context = resolve_context(model.config, type(model).__name__, max_context, option="max_context={}")
     layers = model.config.num_hidden_layers
     if config.dense_layers and config.dense_layers[-1] >= layers:
         raise ConfigError(
@@ -64,7 +71,7 @@ def patch(model: Model, config: HipConfig | None = None) -> Model:
     AttentionMaskInterface.register(ATTENTION, _new_rows_mask)
     implementation = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
-    handle = model.base_model.register_forward_pre_hook(_give_cache(config), with_kwargs=True)
+    handle = model.base_model.register_forward_pre_hook(_give_cache(config, context), with_kwargs=True)
     _patched[model] = implementation, handle
     return model
 
@@ -85,26 +92,12 @@ def _check_model(model: nn.Module) -> None:
             f"{name} does not use transformers' attention interface.",
             "Give a transformers model, such as LlamaForCausalLM.",
         )
-    config: PreTrainedConfig = model.config
-    layer_types = getattr(config, "layer_types", None)
-    sliding_window = None if layer_types else getattr(config, "sliding_window", None)
-    causal = getattr(config, "is_causal", True) and all(getattr(part, "is_causal", True) for part in model.modules())
-    for unsupported, what in (
-        (config.is_encoder_decoder, "is an encoder-decoder"),
-        (config.sub_configs, "is made of several models"),
-        (not causal, "does not attend causally (is_causal false)"),
-        (set(layer_types or ()) - {"full_attention"}, f"mixes attention types (layer_types {layer_types})"),
-        (sliding_window is not None, f"has a sliding window (sliding_window {sliding_window})"),
-        (getattr(config, "attn_logit_softcapping", None) is not None, "caps logits (attn_logit_softcapping)"),
-    ):
-        if unsupported:
-            raise CheckpointError(
-                f"{name} {what}, which HiP does not support.",
-                "Patch a decoder-only model whose layers all use causal full attention, such as a Llama.",
-            )
+    check_model(model.config, name)
+    if not all(getattr(part, "is_causal", True) for part in model.modules()):
+        raise CheckpointError(f"{name}: the model does not attend causally (is_causal false).")
 
 
-def _give_cache(config: HipConfig) -> Callable[..., Any]:
+def _give_cache(config: HipConfig, max_context: int | None) -> Callable[..., Any]:
     """The hook: calls get a HipCache, in place of the empty DynamicCache that generate() brings."""
 
     def hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -127,21 +120,32 @@ def _give_cache(config: HipConfig) -> Callable[..., Any]:
             cache = HipCache(model_config, config)
             if keep:
                 kwargs["past_key_values"] = cache
-        kwargs["hip_cache"] = cache
+        if max_context is not None:
+            tokens = kwargs["inputs_embeds" if kwargs.get("input_ids") is None else "input_ids"].shape[1]
+            if cache.get_seq_length() + tokens > max_context:
+                raise RuntimeInputError(
+                    f"input_ids: {cache.get_seq_length() + tokens} tokens are beyond max_context {max_context}.",
+                    "Patch the model with a larger max_context, if it allows one, or give it less.",
+                )
+        kwargs["hip_cache"], kwargs["hip_max_context"] = cache, max_context
         return args[len(names):], kwargs
 
     return hook
 
 
 def _new_rows_mask(
-    *, q_length: int, mask_function: Callable[..., Any], attention_mask: Tensor | None, **_: Any
+    *, q_length: int, mask_function: Callable[..., Any], attention_mask: Tensor | None, local_size: int | None = None,
+    allow_is_causal_skip: bool = True, **_: Any,
 ) -> Tensor | None:
     """transformers' mask interface: which new tokens are valid, [B, S] bool; None if all are.
 
-    While tracing, contents are unknown: transformers allows for packed sequences always, and a mask is always used.
+    A sliding window (local_size) that is wider than the context makes no difference; transformers forbids skipping its
+    mask where the call adds something else. While tracing, contents are unknown: transformers allows for packed
+    sequences always, and a mask is always used.
     """
     tracing = torch.compiler.is_compiling()
-    if mask_function is not causal_mask_function and not tracing:
+    plain = mask_function is causal_mask_function or (local_size is not None and allow_is_causal_skip)
+    if not plain and not tracing:
         raise RuntimeInputError(
             "attention_mask: HiP attends causally to all earlier tokens; this call asks for another pattern.",
             "Leave out packed sequences and mask functions.",
@@ -154,23 +158,16 @@ def _new_rows_mask(
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-    scaling: float | None = None, dropout: float = 0.0, hip_cache: HipCache | None = None, **kwargs: Any,
+    scaling: float | None = None, hip_cache: HipCache | None = None, hip_max_context: int | None = None, **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [B, S, Hq, D]; there are no weights."""
     if hip_cache is None:
         raise RuntimeInputError("attn_implementation: hip_trt was set by hand.", "Call hip_trt.patch(model).")
-    for unsupported, what in (
-        (dropout, "dropout"),
-        (attention_mask is not None and attention_mask.ndim != 2, "a 4-D attention_mask"),
-        (kwargs.get("sliding_window") is not None, "sliding_window"),
-        (kwargs.get("softcap") is not None, "softcap"),
-        (kwargs.get("s_aux") is not None, "attention sinks (s_aux)"),
-        (kwargs.get("position_bias") is not None, "position_bias"),
-        (not kwargs.get("is_causal", getattr(module, "is_causal", True)), "attention that is not causal"),
-        (key.shape != value.shape, "values of another shape than keys"),
-    ):
-        if unsupported:
-            raise RuntimeInputError(f"HiP does not support {what}.", "Leave it out, or unpatch the model.")
+    check_call(module, key, value, max_context=hip_max_context, **options)
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise RuntimeInputError("HiP does not support a 4-D attention_mask.", "Leave it out, or unpatch the model.")
     layer = hip_cache.layers[module.layer_idx]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return layer.attend(query, key, value, attention_mask, scale).transpose(1, 2), None
+    head_dim = query.shape[-1]
+    scale = head_dim ** -0.5 if scaling is None else scaling
+    output = layer.attend(*fill_heads(query, key, value), attention_mask, scale)
+    return output[..., :head_dim].transpose(1, 2), None
