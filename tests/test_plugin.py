@@ -5,19 +5,33 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import emulated
 import numpy as np
 import onnx
 import pytest
+import torch
+from decode_cluster_cases import decode_case
+from kernel_checks import check, rotated_types, run
 from onnx import TensorProto, helper
+from operator_cases import Case, make_inputs, named
+from plugin_host import (
+    HostedPlugin,
+    build_emulated,
+    find_host,
+    hosted,
+    tensorrt_headers,
+    tensorrt_libraries,
+    tensorrt_name,
+)
 
 from hip_trt import library
 from hip_trt import operator as names
 from hip_trt.config import HipConfig
 from hip_trt.errors import HipTrtError, PluginError
-from hip_trt.gpu import current_gpu
 from hip_trt.tensorrt_flavour import Flavour, find_flavour
 
 ROOT = Path(__file__).parents[1]
@@ -31,15 +45,6 @@ def plugin_path() -> Path:
         return library.plugin_path()
     except PluginError:
         pytest.skip("hip-trt was installed without the plugin")
-
-
-@pytest.fixture(scope="module")
-def plugin_host() -> Path:
-    """The program of plugins/tests, which the build puts beside the library when it is asked for."""
-    hosts = sorted((ROOT / "build").glob("*/plugin_host"), key=lambda host: host.stat().st_mtime)
-    if not hosts:
-        pytest.skip("built without HIP_TRT_BUILD_TESTS (make install builds with it)")
-    return hosts[-1]
 
 
 @pytest.fixture(scope="module")
@@ -81,18 +86,52 @@ def test_library_needs_no_tensorrt_and_no_cuda(plugin_path: Path) -> None:
     assert not [name for name in symbols(plugin_path, "--undefined-only") if name.startswith(("cuda", "cu", "nvinfer"))]
 
 
-def test_interfaces_without_a_gpu(plugin_host: Path, plugin_path: Path) -> None:
-    done = subprocess.run([plugin_host, plugin_path, "interfaces"], capture_output=True, text=True)
+# Through TensorRT's interfaces, with no TensorRT, or loaded by the plugin registry of each that is installed
+
+
+@pytest.mark.parametrize("tensorrt", tensorrt_libraries(), ids=tensorrt_name)
+def test_interfaces_without_a_gpu(plugin_path: Path, tensorrt: Path | None) -> None:
+    options = ["--tensorrt", tensorrt] if tensorrt else []
+    done = subprocess.run([find_host(), *options, plugin_path, "interfaces"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^interfaces: \d{3,} checks, 0 failed$", done.stdout, re.MULTILINE)
-    assert done.stderr == ""  # every message went to the logger
+    assert "HipAttention" not in done.stderr  # every message went to the logger
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(current_gpu() is None, reason="needs a CUDA GPU")
-def test_enqueue(plugin_host: Path, plugin_path: Path) -> None:
-    done = subprocess.run([plugin_host, plugin_path, "enqueue"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture(scope="module", params=tensorrt_libraries(), ids=tensorrt_name)
+def emulated_plugin(request: pytest.FixtureRequest) -> Iterator[HostedPlugin]:
+    if emulated.compiler() is None:
+        pytest.skip("the kernels are emulated with a C++ compiler")
+    host, path = build_emulated(tensorrt_headers(find_host()))
+    yield from hosted(host, path, request.param)
+
+
+CALLS = (
+    "first token", "long prefill", "chunk from inside a block", "ragged", "idle rows in prefill", "idle row in decode",
+    "all rows idle", "dense", "dense decode", "shared prefix", "every start level at once", "reuse and search at once",
+    "idle keeps nodes", "mask per query head", "mask per query head, decode", "the paper's tree", "the paper's reuse",
+    "blocks: prefill", "blocks: decode", "blocks: reuse",
+)
+
+
+@pytest.mark.parametrize("case", [
+    *rotated_types(tuple(named(name) for name in CALLS)),
+    *map(decode_case, ("head_dim 128, bfloat16", "reuse and search at once", "the paper's reuse")),
+], ids=str)
+def test_enqueue_agrees_with_reference(emulated_plugin: HostedPlugin, case: Case) -> None:
+    check(emulated_plugin, case, "cpu", chosen=False)
+
+
+@pytest.mark.parametrize("name", ["ragged", "reuse and search at once", "idle keeps nodes", "the paper's reuse"])
+def test_enqueue_with_present_on_past(emulated_plugin: HostedPlugin, name: str) -> None:
+    check(emulated_plugin, replace(named(name), dtype=torch.float16), "cpu", alias=True, chosen=False)
+
+
+def test_host_sees_a_call_that_fails(emulated_plugin: HostedPlugin) -> None:
+    case = named("ragged")
+    with pytest.raises(AssertionError, match="stride_q: 3 is not allowed"):
+        run(emulated_plugin, replace(case, config=case.config.model_copy(update={"stride_q": 3})), make_inputs(case),
+            "cpu", chosen=False)
 
 
 # In TensorRT's registry

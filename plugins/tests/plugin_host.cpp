@@ -1,14 +1,16 @@
-// Drives libhip_trt_plugin.so through TensorRT's own plugin interfaces, without TensorRT.
+// Drives libhip_trt_plugin.so through TensorRT's own plugin interfaces.
 //
 //   plugin_host LIBRARY interfaces     everything up to enqueue; needs no GPU
-//   plugin_host LIBRARY enqueue        execution; needs a GPU
+//   plugin_host LIBRARY calls          execution of the calls given on standard input (plugin_host_calls.cpp)
 //
-// Prints what failed, and exits with 0 only if nothing did.
+// No TensorRT is needed. With --tensorrt PATH first, the plugin is loaded by the plugin registry of that TensorRT
+// library, such as libnvinfer_lean.so.11. Prints what failed, and exits with 0 only if nothing did.
 #include "plugin_host.h"
 
 #include "plugin_host_check.h"
 
-#include <dlfcn.h>
+#include <algorithm>
+#include <stdexcept>
 
 using nvinfer1::DataType;
 using nvinfer1::Dims;
@@ -24,63 +26,26 @@ Dims toDims(std::vector<int64_t> const& values)
     return dims;
 }
 
-template <typename Function>
-Function symbol(void* library, char const* name)
-{
-    auto const function = reinterpret_cast<Function>(dlsym(library, name));
-    report(function != nullptr, __FILE__, __LINE__, std::string{"not exported: "} + name);
-    return function;
-}
-
-//! Loads the library as IPluginRegistry::loadLibrary does.
-bool load(char const* path, HostLoggerFinder& finder, Library& library)
-{
-    void* const handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (handle == nullptr)
-    {
-        std::printf("%s\n", dlerror());
-        return false;
-    }
-    auto const setLoggerFinder = symbol<void (*)(nvinfer1::ILoggerFinder*)>(handle, "setLoggerFinder");
-    auto const getCreators = symbol<nvinfer1::IPluginCreatorInterface* const* (*)(int32_t&)>(handle, "getCreators");
-    library.version = symbol<decltype(&hipTrtVersion)>(handle, "hipTrtVersion");
-    library.workspaceSize = symbol<decltype(&hipTrtWorkspaceSize)>(handle, "hipTrtWorkspaceSize");
-    if (gFailures != 0)
-    {
-        return false;
-    }
-    setLoggerFinder(&finder);
-    int32_t count = 0;
-    nvinfer1::IPluginCreatorInterface* const* const creators = getCreators(count);
-    if (!CHECK_EQUAL(count, 1) || !CHECK(creators != nullptr && creators[0] != nullptr)
-        || !CHECK_EQUAL(std::string{creators[0]->getInterfaceInfo().kind}, "PLUGIN CREATOR_V3ONE"))
-    {
-        return false;
-    }
-    library.creator = static_cast<nvinfer1::IPluginCreatorV3One*>(creators[0]);
-    return true;
-}
-
 } // namespace
 
 Plugin::Plugin(nvinfer1::IPluginV3* owned)
     : plugin{owned}
 {
     using Type = nvinfer1::PluginCapabilityType;
-    if (!CHECK(plugin != nullptr))
+    // A capability is what its kind and version say; another must not be called as if it were this one.
+    auto const capability = [this](Type type, char const* kind, int32_t major)
     {
-        return;
-    }
-    core = static_cast<nvinfer1::IPluginV3OneCore*>(plugin->getCapabilityInterface(Type::kCORE));
-    build = static_cast<nvinfer1::IPluginV3OneBuildV2*>(plugin->getCapabilityInterface(Type::kBUILD));
-    runtime = static_cast<nvinfer1::IPluginV3OneRuntime*>(plugin->getCapabilityInterface(Type::kRUNTIME));
-    if (CHECK(core != nullptr && build != nullptr && runtime != nullptr))
-    {
-        CHECK_EQUAL(std::string{core->getInterfaceInfo().kind}, "PLUGIN_V3ONE_CORE");
-        CHECK_EQUAL(std::string{build->getInterfaceInfo().kind}, "PLUGIN_V3ONE_BUILD");
-        CHECK_EQUAL(build->getInterfaceInfo().major, 2);
-        CHECK_EQUAL(std::string{runtime->getInterfaceInfo().kind}, "PLUGIN_V3ONE_RUNTIME");
-    }
+        nvinfer1::IPluginCapability* const found = plugin == nullptr ? nullptr : plugin->getCapabilityInterface(type);
+        if (!CHECK(found != nullptr) || !CHECK_EQUAL(std::string{found->getInterfaceInfo().kind}, kind)
+            || !CHECK_EQUAL(found->getInterfaceInfo().major, major))
+        {
+            throw std::runtime_error{kind};
+        }
+        return found;
+    };
+    core = static_cast<nvinfer1::IPluginV3OneCore*>(capability(Type::kCORE, "PLUGIN_V3ONE_CORE", 1));
+    build = static_cast<nvinfer1::IPluginV3OneBuildV2*>(capability(Type::kBUILD, "PLUGIN_V3ONE_BUILD", 2));
+    runtime = static_cast<nvinfer1::IPluginV3OneRuntime*>(capability(Type::kRUNTIME, "PLUGIN_V3ONE_RUNTIME", 1));
 }
 
 std::vector<std::vector<int64_t>> Geometry::shapes() const
@@ -147,20 +112,34 @@ HostFields goodFields()
 
 int main(int argc, char** argv)
 {
-    std::string const mode = argc == 3 ? argv[2] : "";
-    if (mode != "interfaces" && mode != "enqueue")
+    std::vector<std::string> arguments(argv + 1, argv + argc);
+    std::string tensorrt;
+    if (arguments.size() == 4 && arguments[0] == "--tensorrt")
     {
-        std::printf("usage: plugin_host LIBRARY interfaces|enqueue\n");
+        tensorrt = arguments[1];
+        arguments.erase(arguments.begin(), arguments.begin() + 2);
+    }
+    if (arguments.size() != 2 || (arguments[1] != "interfaces" && arguments[1] != "calls"))
+    {
+        std::fprintf(stderr, "usage: plugin_host [--tensorrt TENSORRT] LIBRARY interfaces|calls\n");
         return 2;
     }
+    gReport = arguments[1] == "calls" ? stderr : stdout; // calls are answered on standard output
+    char const* const path = arguments[0].c_str();
     HostLogger logger;
-    HostLoggerFinder finder{logger};
-    Library library{};
-    if (!load(argv[1], finder, library))
+    Library library;
+    if (tensorrt.empty() ? load(path, logger, library) : loadThrough(tensorrt.c_str(), path, logger, library))
     {
-        return 1;
+        try
+        {
+            (arguments[1] == "interfaces" ? checkInterfaces : runCalls)(library, logger);
+        }
+        catch (std::runtime_error const& error)
+        {
+            std::fprintf(gReport, "no plugin with %s\n", error.what());
+        }
+        library.unload();
     }
-    (mode == "interfaces" ? checkInterfaces : checkEnqueue)(library, logger);
-    std::printf("%s: %d checks, %d failed\n", mode.c_str(), gChecks, gFailures);
+    std::fprintf(gReport, "%s: %d checks, %d failed\n", arguments[1].c_str(), gChecks, gFailures);
     return gFailures == 0 ? 0 : 1;
 }

@@ -4,6 +4,7 @@
 #include "hip_attention.h"
 #include "plugin_host_trt.h"
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -11,14 +12,23 @@
 //! The loaded library.
 struct Library
 {
-    nvinfer1::IPluginCreatorV3One* creator;
-    decltype(&hipTrtVersion) version;
-    decltype(&hipTrtWorkspaceSize) workspaceSize;
+    void* handle{nullptr};
+    nvinfer1::IPluginCreatorV3One* creator{nullptr};
+    decltype(&hipTrtVersion) version{nullptr};
+    decltype(&hipTrtWorkspaceSize) workspaceSize{nullptr};
+    std::function<void()> unload;
 };
+
+//! Load the plugin library as TensorRT would.
+bool load(char const* path, HostLogger& logger, Library& library);
+
+//! Have a TensorRT library load the plugin library, and take the creator from its plugin registry.
+bool loadThrough(char const* tensorrt, char const* path, HostLogger& logger, Library& library);
 
 //! A plugin and its three capabilities.
 struct Plugin
 {
+    //! Throws std::runtime_error where there is no plugin, or it lacks one of them.
     explicit Plugin(nvinfer1::IPluginV3* owned);
 
     std::unique_ptr<nvinfer1::IPluginV3> plugin;
@@ -60,5 +70,5 @@ HostFields goodFields();
 //! Drive everything that needs no GPU.
 void checkInterfaces(Library const& library, HostLogger& logger);
 
-//! Run the layer on the first GPU, and compare with attention computed here.
-void checkEnqueue(Library const& library, HostLogger& logger);
+//! Execute each call that is given on standard input.
+void runCalls(Library const& library, HostLogger& logger);

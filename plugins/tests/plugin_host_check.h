@@ -7,6 +7,7 @@
 
 inline int gChecks = 0;
 inline int gFailures = 0;
+inline std::FILE* gReport = stdout; // where failures are printed
 
 inline bool report(bool ok, char const* file, int line, std::string const& what)
 {
@@ -14,7 +15,7 @@ inline bool report(bool ok, char const* file, int line, std::string const& what)
     if (!ok)
     {
         ++gFailures;
-        std::printf("%s:%d: %s\n", file, line, what.c_str());
+        std::fprintf(gReport, "%s:%d: %s\n", file, line, what.c_str());
     }
     return ok;
 }

@@ -46,6 +46,12 @@ private:
     nvinfer1::ILogger& mLogger;
 };
 
+//! ILogger of TensorRT 11 and TensorRT-RTX. Not in an unnamed namespace: the compiler would take it for never called.
+struct LaterLoggerInterface : nvinfer1::IVersionedInterface
+{
+    virtual void log(nvinfer1::ILogger::Severity severity, char const* message) noexcept = 0;
+};
+
 class HostResourceContext final : public nvinfer1::IPluginResourceContext
 {
 public:

@@ -1,0 +1,223 @@
+"""The plugin as TensorRT runs it: calls of the operator through the program plugins/tests/plugin_host.cpp.
+
+:class:`HostedPlugin` has the interface of :class:`hip_trt.library.Library`, so everything in kernel_checks.py holds for
+it too. The program takes each call through a layer's whole life, from creator to enqueue on a stream and in a CUDA
+graph, and fails it for any wrong return code, write out of bounds, changed input or logged error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import struct
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
+
+import emulated
+import pytest
+import torch
+from torch import Tensor
+
+from hip_trt import operator as names
+from hip_trt.config import HipConfig
+from hip_trt.library import Library
+
+ROOT = Path(__file__).parents[1]
+PLUGINS = ROOT / "plugins"
+HOST = "HIP_TRT_PLUGIN_HOST"
+"""Environment variable that names the program for GPUs; the one of the last build if it is not set."""
+
+TENSORRT = "HIP_TRT_TENSORRT"
+"""Environment variable that names TensorRT libraries to load the plugin with, apart by colons; installed ones if unset.
+"""
+
+_TENSORRTS = {
+    "tensorrt_libs": "libnvinfer.so.*", "tensorrt_lean_libs": "libnvinfer_lean.so.*",
+    "tensorrt_rtx_libs": "libtensorrt_rtx.so.*",
+}
+_PAST = dict(zip(names.OUTPUTS, (None, "past_key", "past_value", "past_nodes"), strict=True))
+
+
+def tensorrt_libraries() -> list[Path | None]:
+    """TensorRT libraries whose plugin registry can load the plugin; None stands for doing without."""
+    if TENSORRT in os.environ:
+        return [None, *(Path(path) for path in os.environ[TENSORRT].split(":") if path)]
+    found: list[Path | None] = [None]
+    for package, pattern in _TENSORRTS.items():
+        spec = importlib.util.find_spec(package)
+        found += [path for folder in (spec.submodule_search_locations or () if spec else ())
+                  for path in sorted(Path(folder).glob(pattern))[:1]]
+    return found
+
+
+def tensorrt_name(library: Path | None) -> str:
+    """For pytest's list."""
+    return library.name.partition(".")[0] if library else "no TensorRT"
+
+
+class HostedPlugin(Library):
+    """The plugin in a process of its own, on tensors of the CPU.
+
+    Args:
+        host: the program.
+        path: of the plugin library.
+        tensorrt: whose plugin registry loads it; None: the program itself.
+    """
+
+    def __init__(self, host: Path, path: Path, tensorrt: Path | None = None) -> None:
+        super().__init__(path)
+        options = ["--tensorrt", str(tensorrt)] if tensorrt else []
+        self._command = [str(host), *options, str(path), "calls"]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def attention(  # type: ignore[override]
+        self, *, config: HipConfig, scale: float, dense: bool = False, **tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        """As :meth:`Library.attention` with every result given.
+
+        Raises:
+            AssertionError: with what the program found wrong.
+        """
+        inputs, results = ([tensors[name] for name in kind] for kind in (names.INPUTS, names.OUTPUTS))
+        attributes = {**names.attributes(config, scale=scale), "dense": int(dense)}
+        lines = [_field(name, value) for name, value in attributes.items()]
+        lines += [f"tensor {str(tensor.dtype)[6:]} {tensor.dim()} {' '.join(map(str, tensor.shape))}"
+                  for tensor in inputs]
+        on_past = [past is not None and tensors[name].data_ptr() == tensors[past].data_ptr()
+                   for name, past in _PAST.items()]
+        lines += ["result past" if shared else "result own" for shared in on_past]
+        own = [tensor for tensor, shared in zip(results, on_past, strict=True) if not shared]
+        self._exchange("\n".join([*lines, "call\n"]).encode(), [*inputs, *own], results)
+        return tuple(results)
+
+    def _exchange(self, request: bytes, sent: list[Tensor], received: list[Tensor]) -> None:
+        if self._process is None:
+            self._messages = TemporaryFile()  # noqa: SIM115  (lives as long as the process)
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._messages
+            )
+        assert self._process.stdin
+        assert self._process.stdout
+        try:
+            for part in (request, *(_bytes(tensor) for tensor in sent)):
+                self._process.stdin.write(part)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # no answer will come
+        if self._process.stdout.readline() != b"done\n":
+            raise AssertionError(self._end())
+        for tensor in received:
+            data = bytearray(self._process.stdout.read(tensor.nbytes))
+            assert len(data) == tensor.nbytes, self._end()
+            if data:
+                tensor.flatten().view(torch.uint8).copy_(torch.frombuffer(data, dtype=torch.uint8))
+
+    def _end(self) -> str:
+        """Stop the program, and return its messages and exit status."""
+        if self._process is None:
+            return ""
+        assert self._process.stdin
+        assert self._process.stdout
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.read()
+        self._process.stdout.close()
+        status, self._process = self._process.wait(60), None
+        self._messages.seek(0)
+        messages = self._messages.read().decode(errors="replace")
+        self._messages.close()
+        return f"{messages}exit status {status}"
+
+    def close(self) -> None:
+        """End the program, which unloads the plugin.
+
+        Raises:
+            AssertionError: it found something wrong at the end, or died.
+        """
+        messages = self._end()
+        assert not messages or re.search(r"calls: \d+ checks, 0 failed\nexit status 0$", messages), messages
+
+
+def hosted(host: Path, path: Path, tensorrt: Path | None) -> Iterator[HostedPlugin]:
+    """For fixtures."""
+    plugin = HostedPlugin(host, path, tensorrt)
+    yield plugin
+    plugin.close()
+
+
+def _field(name: str, value: str | int | float) -> str:
+    if isinstance(value, float):
+        (value,) = struct.unpack("f", struct.pack("f", value))
+        return f"field float {name} {value.hex()}"
+    return f"field {'int' if isinstance(value, int) else 'text'} {name} {value}"
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return bytes(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+
+
+def find_host() -> Path:
+    """The program for GPUs, which the build puts beside the library when it is asked for; skips the test without."""
+    if HOST in os.environ:
+        return Path(os.environ[HOST])
+    hosts = [path for path in (ROOT / "build").glob("*/plugin_host") if path.is_file()]
+    hosts.sort(key=lambda host: host.stat().st_mtime)
+    if not hosts:
+        pytest.skip("built without HIP_TRT_BUILD_TESTS (make install builds with it)")
+    return hosts[-1]
+
+
+def build_emulated(include: Path) -> tuple[Path, Path]:
+    """The program and the plugin library for the CPU, around the emulated kernels (emulated.py).
+
+    Args:
+        include: folder of TensorRT's headers.
+    """
+    kernels = emulated.build()
+    plugin_sources = sorted((PLUGINS / "tensorrt").glob("*.cpp"))
+    host_sources = sorted({*(PLUGINS / "tests").glob("plugin_host*.cpp")} - {
+        PLUGINS / "tests" / "plugin_host_device_cuda.cpp"})
+    files = [*sorted((PLUGINS / "tensorrt").iterdir()), *sorted((PLUGINS / "tests").glob("plugin_host*"))]
+    digest = hashlib.sha256(kernels.name.encode() + b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    host, library = emulated.BUILD / f"plugin_host-{digest}", emulated.BUILD / f"libhip_trt_plugin-{digest}.so"
+    if host.is_file() and library.is_file():
+        return host, library
+    # TensorRT's headers name one type of CUDA that the emulation lacks; to them both are opaque.
+    command = [
+        str(emulated.compiler()), "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-DcudaEvent_t=cudaStream_t",
+        f'-DHIP_TRT_VERSION="{metadata.version("hip-trt")}"', f"-I{emulated.EMULATION}",
+        f"-I{PLUGINS / 'cuda'}", "-isystem", str(include),
+    ]
+    with TemporaryDirectory(dir=emulated.BUILD) as folder:
+        def compile_source(source: Path) -> str:
+            target = Path(folder, f"{source.stem}.o")
+            emulated._run([*command, "-c", str(source), "-o", str(target)])
+            return str(target)
+
+        with ThreadPoolExecutor(2) as pool:
+            plugin_objects, host_objects = (
+                [*pool.map(compile_source, sources)] for sources in (plugin_sources, host_sources))
+        for target, arguments in (
+            (library, ["-shared", *plugin_objects, str(kernels), f"-Wl,-rpath,{kernels.parent}"]),
+            (host, [*host_objects, "-ldl"]),
+        ):
+            finished = Path(folder, "finished")
+            emulated._run([*command, *arguments, "-o", str(finished)])
+            finished.replace(target)  # whole or not at all: other test processes may be building too
+    return host, library
+
+
+def tensorrt_headers(host: Path) -> Path:
+    """The headers that a program of :func:`find_host` was built with; skips the test if they are gone."""
+    cache = host.parent / "CMakeCache.txt"
+    found = re.search(r"^TENSORRT_INCLUDE_DIR:\w+=(.+)$", cache.read_text() if cache.is_file() else "", re.MULTILINE)
+    if found is None or not Path(found[1]).is_dir():
+        pytest.skip("TensorRT's headers are gone; make install brings them")
+    return Path(found[1])
