@@ -207,17 +207,16 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
         for (int exchange = 0;; ++exchange, --level)
         {
             const int parity = exchange & 1;
-            if (warpIndex() == 0)
+            constexpr int kPadding = 3; // zeros after the scores, to a multiple of 4, that come as scores do
+            if (threadIdx.x == 0)
             {
-                if (threadIdx.x < 3)
-                {
-                    shared.keys(parity)[nodes.count + threadIdx.x] = 0; // to a multiple of 4
-                }
-                __syncwarp();
-                if (threadIdx.x == 0)
-                {
-                    expectBytes(shared.scoresReady(parity), nodes.count * sizeof(uint32_t));
-                }
+                expectBytes(shared.scoresReady(parity), (nodes.count + kPadding) * sizeof(uint32_t));
+            }
+            if (threadIdx.x < kPadding)
+            {
+                const uint32_t address = sharedAddress(shared.keys(parity) + nodes.count + threadIdx.x);
+                storeAsync(peerAddress(address, place.rank), 0,
+                    peerAddress(sharedAddress(shared.scoresReady(parity)), place.rank));
             }
             scoreNodes<T, D, HeadTiles>(
                 decode, place, shared, tree, rows, nodes, decode.level_size[level].divisor, parity);
