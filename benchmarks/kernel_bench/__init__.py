@@ -1,0 +1,1 @@
+"""What the kernel benchmarks share: inputs, timing, peers, counted work, reports. See benchmarks/README.md."""

@@ -1,0 +1,40 @@
+"""Pages of a KV pool, scattered as a server's would be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernel_bench.geometry import Geometry
+
+
+def scattered(*shape: int) -> Tensor:
+    """Page tables whose pages are the pool's in random order, each used once: int32 of this shape, on the GPU."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    count = torch.Size(shape).numel()
+    return torch.randperm(count, generator=generator, device="cuda", dtype=torch.int32).view(shape)
+
+
+def empty_pool(geometry: Geometry, pages: int, page_size: int) -> Tensor:
+    """[P, Hkv, page_size, D], not a number everywhere: rows that nobody wrote must not count."""
+    shape = (pages, geometry.kv_heads, page_size, geometry.head_dim)
+    return torch.full(shape, torch.nan, dtype=geometry.dtype, device="cuda")
+
+
+def fill(pool: Tensor, tables: Tensor, rows: Tensor) -> None:
+    """Write sequences into their pages.
+
+    Args:
+        pool: [P, Hkv, page_size, D].
+        tables: [B, M] int32, M at least T / page_size.
+        rows: [B, Hkv, T, D], T a multiple of page_size.
+    """
+    page_size = pool.shape[2]
+    for table, sequence in zip(tables, rows, strict=True):
+        paged = sequence.unflatten(1, (-1, page_size)).transpose(0, 1)
+        pool[table[: len(paged)].long()] = paged
+
+
+def gather(pool: Tensor, table: Tensor, head: int, length: int) -> Tensor:
+    """The first ``length`` rows of one head of one sequence, float32: [length, D]."""
+    return pool[table.long(), head].flatten(0, 1)[:length].float()
