@@ -191,7 +191,7 @@ def build_emulated(include: Path) -> tuple[Path, Path]:
         return host, library
     # TensorRT's headers name one type of CUDA that the emulation lacks; to them both are opaque.
     command = [
-        str(emulated.compiler()), "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-DcudaEvent_t=cudaStream_t",
+        str(emulated.compiler()), "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-DcudaEvent_t=cudaStream_t",
         f'-DHIP_TRT_VERSION="{metadata.version("hip-trt")}"', f"-I{emulated.EMULATION}",
         f"-I{PLUGINS / 'cuda'}", "-isystem", str(include),
     ]

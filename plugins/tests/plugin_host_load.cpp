@@ -4,11 +4,8 @@
 
 #include <dlfcn.h>
 
-namespace
-{
-
 //! The plugin registry of TensorRT 11 and TensorRT-RTX: the one of the headers less its functions for IPluginV2, in the
-//! same order. Only functions that are called here are declared as they are.
+//! same order. Like LaterLoggerInterface, it must not stand in an unnamed namespace.
 class LaterRegistry
 {
 protected:
@@ -26,6 +23,9 @@ public:
     virtual nvinfer1::IPluginCreatorInterface* getCreator(
         char const* name, char const* version, char const* pluginNamespace) noexcept = 0;
 };
+
+namespace
+{
 
 //! The logger of TensorRT 11 and TensorRT-RTX, a versioned interface.
 class LaterLogger final : public LaterLoggerInterface
@@ -93,17 +93,16 @@ template <typename Registry>
 bool loadWith(Registry& registry, char const* path, Library& library)
 {
     void* const registered = registry.loadLibrary(path);
-    void* const handle = open(path, RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD); // it must be there already
+    void* const handle = open(path, RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD); // it must be loaded already
     if (!CHECK(registered != nullptr) || handle == nullptr)
     {
         return false;
     }
-    library.unload = [&registry, registered, path, handle]
+    library.unload = [&registry, registered, handle]
     {
         registry.deregisterLibrary(registered);
         CHECK(registry.getCreator("HipAttention", "1", "") == nullptr);
         dlclose(handle);
-        CHECK(dlopen(path, RTLD_NOW | RTLD_NOLOAD) == nullptr); // nothing of it may be left behind
     };
     return bind(handle, registry.getCreator("HipAttention", "1", ""), library);
 }
@@ -150,17 +149,22 @@ bool loadThrough(char const* tensorrt, char const* path, HostLogger& logger, Lib
     static LaterLogger laterLogger{logger};
     void* runtime =
         createRuntime(later ? static_cast<void*>(&laterLogger) : static_cast<nvinfer1::ILogger*>(&logger), version());
+    std::string const refused = logger.take();
+    if (!refused.empty())
+    {
+        // Where there is no GPU, or none that this TensorRT supports; what it returned may then not be a runtime.
+        std::fprintf(stderr, "no runtime: %s", refused.c_str());
+        runtime = nullptr;
+    }
     bool const loaded = later ? loadWith(*static_cast<LaterRegistry*>(registry()), path, library)
                               : loadWith(*static_cast<nvinfer1::IPluginRegistry*>(registry()), path, library);
+    if (!loaded)
+    {
+        return false;
+    }
     if (getLogger() == nullptr)
     {
-        // TensorRT makes no runtime where there is no GPU (what it returns then is not one); TensorRT-RTX does.
-        std::fprintf(stderr, "no runtime: %s", logger.take().c_str());
-        runtime = nullptr;
-        if (loaded)
-        {
-            useHostLogger(library.handle, logger);
-        }
+        useHostLogger(library.handle, logger); // TensorRT has none to give without a runtime
     }
     library.unload = [unloadPlugin = library.unload, runtime]
     {
@@ -168,5 +172,5 @@ bool loadThrough(char const* tensorrt, char const* path, HostLogger& logger, Lib
         delete static_cast<nvinfer1::IRuntime*>(runtime);
     };
     std::fprintf(gReport, "loaded by TensorRT %d%s\n", version(), runtime == nullptr ? ", which made no runtime" : "");
-    return loaded;
+    return true;
 }
