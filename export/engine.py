@@ -12,7 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
+
+import onnx
+from onnx.external_data_helper import uses_external_data
 
 from hip_trt import library, operator
 from hip_trt.errors import EngineError, EnvironmentProblem, ExportError
@@ -20,12 +23,15 @@ from hip_trt.export.function import strip_function
 from hip_trt.export.onnx_export import SHARED_FILES
 from hip_trt.export.profiles import EngineLimits, graph_shapes, profiles
 from hip_trt.fat_binary import compiled_for
-from hip_trt.files import Staging, require_space, staging
+from hip_trt.files import Staging, format_size, require_space, staging
 from hip_trt.gpu import ComputeCapability, current_gpu
 from hip_trt.onnx_file import OnnxFile, read_onnx
 from hip_trt.progress import Steps
-from hip_trt.sidecar import FileRecord, ProfileRecord, Sidecar, TensorRecord, sidecar_path
+from hip_trt.sidecar import FileRecord, PlanWeights, ProfileRecord, Sidecar, TensorRecord, sidecar_path
 from hip_trt.tensorrt_flavour import Flavour, MessageLog, RuntimeChoice, find_flavour, one_line
+
+_MEMORY_PER_WEIGHT: Final = 1.8
+"""Bytes of memory that TensorRT-RTX 1.7 takes for each byte of weights that it puts into a plan; measured."""
 
 
 def build_engine(
@@ -38,6 +44,8 @@ def build_engine(
     max_prefill: int | None = None,
     max_seq_len: int | None = None,
     max_pages: int | None = None,
+    strip_weights: bool = False,
+    weight_streaming: bool = False,
     steps: Steps | None = None,
 ) -> Sidecar:
     """Build ``out``, a TensorRT plan, and ``out``.json, its description (:class:`~hip_trt.sidecar.Sidecar`).
@@ -46,7 +54,10 @@ def build_engine(
     another folder than the model's, its tokenizer and configuration are copied beside them.
 
     TensorRT-RTX needs no GPU; ``tensorrt`` builds for the GPU of this machine. The weights are mapped, not read, and
-    the plan is written in pieces; TensorRT-RTX 1.7 itself takes memory for 1.8 times the weights.
+    the plan is written in pieces; TensorRT-RTX 1.7 itself takes memory for 1.8 times the weights. With
+    ``strip_weights`` it takes none for them: matrices become inputs of the engine, which the runtime binds to weights
+    read from the model's own files. (TensorRT-RTX cannot strip a plan without a GPU; ``tensorrt``, which has one, does,
+    and the runtime puts the weights back.)
 
     Args:
         onnx_path: a model from :func:`hip_trt.export.export_onnx`.
@@ -59,13 +70,17 @@ def build_engine(
         max_prefill: new tokens per sequence and call; longer prompts are split. 2048 by default.
         max_seq_len: tokens per sequence, prompt and generated together; by default the model's context length.
         max_pages: pages in the KV pool; by default enough for ``max_batch`` sequences of ``max_seq_len``.
+        strip_weights: leave the weights out of the plan. They stay in the model's files, in whose folder ``out`` must
+            be, and are read when the plan is loaded.
+        weight_streaming: let the runtime keep a part of the weights in host memory; slower.
         steps: shows progress.
 
     Returns:
         The description written.
 
     Raises:
-        EngineError: the model cannot be read, a limit or a compute capability is not allowed, or TensorRT fails.
+        EngineError: the model cannot be read, a limit, a compute capability or a combination is not allowed, memory
+            does not suffice, or TensorRT fails.
         EnvironmentProblem: TensorRT is not installed, or ``tensorrt`` finds no GPU.
         PluginError: the plugin library is missing, or its kernels do not support the model.
         ExportError: the result cannot be written.
@@ -78,23 +93,76 @@ def build_engine(
     )
     flavour = runtime if isinstance(runtime, Flavour) else find_flavour(runtime)
     targets = resolve_compute_capabilities(flavour, compute_capabilities)
+    weights = _place_weights(flavour, source, out, strip=strip_weights, streaming=weight_streaming)
     library.validate(source.spec)
     plugin = library.plugin_path()
     flavour.load_plugin(plugin)
     with staging(out.parent) as stage:
-        require_space(stage.target, sum(path.stat().st_size for path in source.data))  # a plan holds the weights
-        build = _Build(flavour, source, limits, targets)
+        if weights == "embedded":
+            require_space(stage.target, _size(source.data))
+        build = _Build(flavour, source, limits, targets, weights, weight_streaming)
         with steps.step(f"Read the model into {flavour}"):
             build.parse()
         with steps.step(f"Build the engine with {flavour}"), open(stage.path / out.name, "wb") as file:
             plan = build.write_plan(file, out.name)
-        with steps.step("Checksum the model", total=sum(path.stat().st_size for path in source.files)) as advance:
-            model = tuple(FileRecord.of(path, advance) for path in source.files)
+        unknown = tuple(path for path in source.files if path not in source.checksums)
+        with steps.step("Checksum the model", total=_size(unknown)) as advance:
+            model = tuple(_record(source, path, advance) for path in source.files)
         companions = _stage_companions(source.path.parent, stage)
         sidecar = build.describe(plan, model)
         (stage.path / sidecar_path(out).name).write_text(sidecar.model_dump_json(), encoding="utf-8")
         stage.publish([*companions, out.name, sidecar_path(out).name])
     return sidecar
+
+
+def _place_weights(flavour: Flavour, source: OnnxFile, out: Path, *, strip: bool, streaming: bool) -> PlanWeights:
+    """Where the plan's weights will be; EngineError where that cannot be."""
+    if streaming and strip:
+        raise EngineError(
+            "weight_streaming: not allowed with strip_weights: TensorRT streams weights that are in the plan.",
+            "Choose one of --strip-weights and --weight-streaming.",
+        )
+    if streaming and not hasattr(flavour.module.BuilderFlag, "WEIGHT_STREAMING"):
+        raise EngineError(f"weight_streaming: {flavour} does not offer it.", "Leave out --weight-streaming.")
+    if strip:
+        folder = source.path.parent
+        if folder.resolve() != out.parent.resolve():
+            raise EngineError(
+                f"{out}: a plan without weights reads them from the files of {source.path}, and must stand beside it.",
+                f"Use --out {folder / out.name}.",
+            )
+        return "bound" if flavour.ahead_of_time else "refit"
+    if flavour.ahead_of_time:
+        needed, free = round(_MEMORY_PER_WEIGHT * _size(source.data)), _free_memory()
+        if free is not None and free < needed:
+            raise EngineError(
+                f"{source.path}: {flavour} needs about {format_size(needed)} of memory for an engine with these "
+                f"weights, and {format_size(free)} are free.",
+                "Use --strip-weights, which leaves them out of the engine.",
+            )
+    return "embedded"
+
+
+def _free_memory() -> int | None:
+    """Bytes that can be had without killing anything; None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            fields = dict(line.split(":") for line in lines)
+        return sum(int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _size(paths: Sequence[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)
+
+
+def _record(source: OnnxFile, path: Path, advance: Callable[[int], object]) -> FileRecord:
+    """Describe a file of the model; its checksum is known if the export wrote it down."""
+    known = source.checksums.get(path)
+    if known is not None:
+        return FileRecord(name=known.name, size=known.size, sha256=known.sha256)
+    return FileRecord.of(path, advance)
 
 
 def _stage_companions(folder: Path, stage: Staging) -> list[str]:
@@ -187,9 +255,12 @@ class _Build:
     """One build: TensorRT's objects, which must outlive each other in this order."""
 
     def __init__(
-        self, flavour: Flavour, source: OnnxFile, limits: EngineLimits, targets: tuple[ComputeCapability, ...]
+        self, flavour: Flavour, source: OnnxFile, limits: EngineLimits, targets: tuple[ComputeCapability, ...],
+        weights: PlanWeights, weight_streaming: bool,
     ) -> None:
         self.flavour, self.source, self.limits, self.targets = flavour, source, limits, targets
+        self.weights, self.weight_streaming = weights, weight_streaming
+        self.bound: dict[str, tuple[int, ...]] = {}
         self.profiles = profiles(source.spec, limits)
         trt = flavour.module
         self.builder = trt.Builder(flavour.logger)
@@ -201,9 +272,11 @@ class _Build:
     def parse(self) -> None:
         """Turn the ONNX graph, without the function that the plugin replaces, into TensorRT's network, and check it."""
         path = self.source.path
-        model = strip_function(self.source.model).SerializeToString()
+        model = strip_function(self.source.model)
+        if self.weights == "bound":
+            self.bound = _bind_matrices(model)
         with self.flavour.messages() as log:
-            if not self.parser.parse(model, str(path.resolve())):
+            if not self.parser.parse(model.SerializeToString(), str(path.resolve())):
                 raise EngineError(f"{path}: {self.flavour} cannot read the model: {self._parser_error(log)}.")
         self._require_plugin_layers()
         self._require_inputs()
@@ -226,12 +299,16 @@ class _Build:
     def describe(self, plan: FileRecord, model: tuple[FileRecord, ...]) -> Sidecar:
         """What was built, as TensorRT's own interfaces tell it."""
         network = self.network
+        inputs = [_tensor(network.get_input(index)) for index in range(network.num_inputs)]
         return Sidecar(
             plan=plan,
             model=model,
+            weights=self.weights,
+            bound=tuple(tensor for tensor in inputs if tensor.name in self.bound),
+            weight_streaming=self.weight_streaming,
             spec=self.source.spec,
             limits=self.limits.as_limits(),
-            inputs=tuple(_tensor(network.get_input(index)) for index in range(network.num_inputs)),
+            inputs=tuple(tensor for tensor in inputs if tensor.name not in self.bound),
             outputs=tuple(_tensor(network.get_output(index)) for index in range(network.num_outputs)),
             profiles=self.profiles,
             layers=dict(Counter(layer.type.name for layer in self._layers()).most_common()),
@@ -266,8 +343,9 @@ class _Build:
             )
 
     def _require_inputs(self) -> None:
-        """The network's inputs must be those of the model graph, whose dimensions the profiles give ranges for."""
-        expected = {
+        """The network's inputs must be those of the model graph, whose dimensions the profiles give ranges for, and the
+        weights that are inputs."""
+        expected = self.bound | {
             name: tuple(dim if isinstance(dim, int) else -1 for dim in shape)
             for name, shape in graph_shapes(self.source.spec).items()
         }
@@ -284,6 +362,12 @@ class _Build:
     def _config(self, cancelled: threading.Event) -> Any:
         config = self.builder.create_builder_config()
         config.progress_monitor = _progress_monitor(self.flavour.module, cancelled)
+        flags = self.flavour.module.BuilderFlag
+        if self.weights == "refit":
+            config.set_flag(flags.STRIP_PLAN)
+            config.set_flag(flags.REFIT_IDENTICAL)
+        if self.weight_streaming:
+            config.set_flag(flags.WEIGHT_STREAMING)
         if self.flavour.ahead_of_time:
             config.num_compute_capabilities = len(self.targets)
             for index, target in enumerate(self.targets):
@@ -306,6 +390,22 @@ class _Build:
             return serialized is not None and plan.write(memoryview(serialized)) > 0
         writer = _stream_writer(self.flavour.module, plan)
         return bool(self.builder.build_serialized_network_to_stream(self.network, config, writer))
+
+
+def _bind_matrices(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """Make inputs of the model's matrices, in place, and return their shapes.
+
+    Vectors, such as the weights of norms, are small, and stay.
+    """
+    graph = model.graph
+    matrices = [tensor for tensor in graph.initializer if uses_external_data(tensor) and len(tensor.dims) > 1]
+    kept = [tensor for tensor in graph.initializer if not uses_external_data(tensor) or len(tensor.dims) < 2]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    graph.input.extend(
+        onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims) for tensor in matrices
+    )
+    return {tensor.name: tuple(tensor.dims) for tensor in matrices}
 
 
 class _HashingWriter:

@@ -30,7 +30,7 @@ from hip_trt.config import HipConfig
 from hip_trt.errors import ExportError
 from hip_trt.export.families import Family
 from hip_trt.export.layers import LayerNames, find_pattern, layer_kinds, repeat_layers
-from hip_trt.model_support import LIMITED_ROPE, check_call, fill_heads, heads, kernel_head_dim
+from hip_trt.model_support import LIMITED_ROPE, check_call, heads
 from hip_trt.spec import Logits
 
 OPSET = 20
@@ -70,8 +70,7 @@ class PagedCausalLM(nn.Module):
         def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, **options: Any
                       ) -> Tensor:
             check_call(module, key, value, max_context=self.max_context, **options)
-            layer, head_dim = cast(int, module.layer_idx), query.shape[-1]
-            query, key, value = fill_heads(query, key, value)
+            layer = cast(int, module.layer_idx)
             past_key, past_value, past_nodes = state[layer]
             attributes: dict[str, Any] = {**operator.attributes(self.config, scale=scale, layer=layer)}
             output, *rest = torch.onnx.ops.symbolic_multi_out(
@@ -84,7 +83,7 @@ class PagedCausalLM(nn.Module):
                 version=operator.OP_VERSION,
             )
             present[layer] = tuple(rest)
-            return output[..., :head_dim].transpose(1, 2)
+            return output.transpose(1, 2)
 
         def keep_last(model: nn.Module, arguments: Any, result: Any) -> None:
             hidden = result.last_hidden_state
@@ -314,7 +313,7 @@ def _example(model_config: PreTrainedConfig, config: HipConfig, dtype: torch.dty
     batch, sequence, pages, slots = 2, 3, 7, 5  # all different and above 1, so that none is taken for another
     shape = heads(model_config, "configuration")
     masks = config.num_masks(shape.query, shape.key_value)
-    pool = (pages, shape.key_value, config.page_size, kernel_head_dim(shape.size))
+    pool = (pages, shape.key_value, config.page_size, shape.size)
 
     def integers(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.int32)

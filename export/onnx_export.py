@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import filecmp
-import hashlib
 import importlib.metadata
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,25 +11,27 @@ from pathlib import Path
 from typing import get_args
 
 import onnx_ir as ir
-import torch
 from torch import Tensor
 
 from hip_trt.config import HipConfig
 from hip_trt.errors import ConfigError, ExportError
 from hip_trt.export.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint
 from hip_trt.export.function import add_function
-from hip_trt.export.graph import Trace, buffers, parameter_shapes, trace
-from hip_trt.export.stored import check_shapes, convert
+from hip_trt.export.graph import buffers, parameter_shapes, trace
+from hip_trt.export.stored import check_shapes
+from hip_trt.export.weights import Placement, data_name, link_name, plan_weights, write_weights
 from hip_trt.files import Staging, require_space, staging
-from hip_trt.model_support import heads, kernel_head_dim
-from hip_trt.progress import Step, Steps
+from hip_trt.model_support import heads
+from hip_trt.onnx_file import NAME_DIGITS, WEIGHTS_FILES, WEIGHTS_KEY, WeightsFile
+from hip_trt.progress import Steps
 from hip_trt.spec import METADATA_KEY, DType, Logits, ModelSpec
 
-_ALIGNMENT = 4096  # bytes: a page of memory, so that runtimes can map weights
-_DIGITS = 12
 _SPARE = 64_000_000  # bytes: graph, tokenizer and padding, generously
 _COMPUTED = re.compile(r".*rotary_emb\.inv_freq")  # follows from the configuration, though old checkpoints store it
 _HIP_CONFIG = "hip_config.yaml"
+_CHECKPOINTS = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)
 SHARED_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json")
 """What stands beside an .onnx file or a .plan, once for all models of a folder."""
 
@@ -42,15 +42,18 @@ class ExportedModel:
 
     Attributes:
         path: the .onnx file.
-        data: its weights. The name carries the beginning of their SHA-256, so that an .onnx file always finds the
-            weights that it was written with.
+        data: its weights, which must stay where they are. The names of files that the export made carry the beginning
+            of their SHA-256, so that an .onnx file always finds the weights that it was written with.
+        placement: whether the weights were "copied", "linked" (the checkpoint's files under a second name) or are used
+            "in place".
         spec: facts about the model, also in the .onnx file's metadata.
-        files: every file written, the two above included.
+        files: every file written, the .onnx file included.
         warnings: what the user should know, one line each.
     """
 
     path: Path
-    data: Path
+    data: tuple[Path, ...]
+    placement: Placement
     spec: ModelSpec
     files: tuple[Path, ...]
     warnings: tuple[str, ...]
@@ -64,6 +67,7 @@ def export_onnx(
     dtype: DType | None = None,
     logits: Logits = "last",
     max_context: int | None = None,
+    copy_weights: bool = False,
     allow_download: bool = False,
     check: Callable[[ModelSpec], None] | None = None,
     steps: Steps | None = None,
@@ -71,9 +75,12 @@ def export_onnx(
     """Export a checkpoint with HiP attention to ONNX.
 
     The graph has one ``HipAttention`` node per layer, and carries the operator's body as an ONNX function, so that
-    plain ONNX Runtime runs it. Beside it go its weights, the tokenizer, config.json, generation_config.json and
-    hip_config.yaml. All files appear when all is done, the .onnx file last; a failure or an interrupt leaves what was
-    there before. Weights are read, converted and written one at a time.
+    plain ONNX Runtime runs it. Beside it go the tokenizer, config.json, generation_config.json and hip_config.yaml. All
+    files appear when all is done, the .onnx file last; a failure or an interrupt leaves what was there before.
+
+    Weights stay in the checkpoint's safetensors files where they can (:mod:`hip_trt.export.weights`): they are pointed
+    at if ``out`` is the checkpoint's folder or one above it, and linked into the folder of ``out`` otherwise. They are
+    copied, one at a time, where they must be converted, or lie on another file system.
 
     Args:
         model: a Hugging Face folder with safetensors weights, a .gguf file (dequantized), or a hub id.
@@ -84,6 +91,7 @@ def export_onnx(
         logits: "last": of the last valid token of each row, [B, 1, vocab_size]; "all": of every token.
         max_context: longest context that the exported model will be given, in tokens; by default the model's own. A
             model that attends in another way beyond some length (a sliding window) can be exported up to it.
+        copy_weights: copy all weights, which makes a folder that is independent of the checkpoint.
         allow_download: whether a hub id that is not in the local Hugging Face cache may be fetched.
         check: called with the model's facts before any work; what it raises ends the export.
         steps: shows progress and warnings, and keeps times.
@@ -112,8 +120,10 @@ def export_onnx(
             check(spec)
         shapes = parameter_shapes(checkpoint.family, checkpoint.config)
         warnings = _check_checkpoint(checkpoint, shapes)
-        size = sum(math.prod(shape) for shape in shapes.values()) * spec.torch_dtype.itemsize
-        require_space(stage.target, size + _SPARE)
+        plan = plan_weights(checkpoint.tensors, shapes, spec.torch_dtype, stage, copy=copy_weights)
+        require_space(stage.target, plan.copied + _SPARE)
+        if plan.warning:
+            warnings.append(plan.warning)
         with steps.step("Save the tokenizer"):
             warnings += checkpoint.save_tokenizer(stage.path)
             side_files = _save_side_files(checkpoint, config, stage, path)
@@ -122,15 +132,18 @@ def export_onnx(
                 checkpoint.family, checkpoint.config, config, dtype=spec.torch_dtype, logits=logits,
                 constants=_constants(checkpoint), max_context=checkpoint.max_context,
             )
-        with steps.step("Write the weights", total=size) as advance:
-            data = _write_weights(checkpoint, traced, spec.torch_dtype, stage, path.stem, advance)
+        with steps.step("Write the weights" if plan.copied else "Checksum the weights", total=plan.work) as advance:
+            data = write_weights(plan, checkpoint.tensors, traced, spec.torch_dtype, stage, path.stem, advance)
         with steps.step("Write the graph"):
-            (stage.path / path.name).write_bytes(_serialize(traced.model, spec))
-            names = [*side_files, data, path.name]
-            files = stage.publish(names, obsolete=_obsolete(path.stem))
+            (stage.path / path.name).write_bytes(_serialize(traced.model, spec, data))
+            made = [record.name for record in data if (stage.path / record.name).is_file()]
+            names = [*side_files, *made, path.name]
+            files = stage.publish(names, obsolete=_obsolete(path.stem, side_files))
     for warning in warnings:
         steps.warn(warning)
-    return ExportedModel(path, path.parent / data, spec, tuple(files), tuple(warnings))
+    return ExportedModel(
+        path, tuple(path.parent / record.name for record in data), plan.placement, spec, tuple(files), tuple(warnings)
+    )
 
 
 def _check_choice(field: str, value: str | None, allowed: Sequence[str | None]) -> None:
@@ -152,7 +165,7 @@ def _spec(checkpoint: Checkpoint, config: HipConfig, dtype: DType | None, logits
         num_layers=model.num_hidden_layers,
         num_attention_heads=shape.query,
         num_key_value_heads=shape.key_value,
-        head_dim=kernel_head_dim(shape.size),
+        head_dim=shape.size,
         vocab_size=model.vocab_size,
         max_position_embeddings=checkpoint.max_context,
         dtype=dtype or str(checkpoint.dtype).removeprefix("torch."),  # type: ignore[arg-type]
@@ -175,18 +188,25 @@ def _check_checkpoint(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ..
 
 
 def _save_side_files(checkpoint: Checkpoint, config: HipConfig, stage: Staging, path: Path) -> list[str]:
-    """Write configurations beside the staged tokenizer, and return all their names; refuse to overwrite a stranger's.
+    """Write configurations beside the staged tokenizer, and return all names to publish; refuse to overwrite a
+    stranger's.
 
     The tokenizer, config.json and generation_config.json are one per folder, so models that share a folder must share
-    them.
+    them. In the checkpoint's own folder, its own stay.
     """
+    own = _HIP_CONFIG if path.stem == "model" else f"{path.stem}.{_HIP_CONFIG}"
+    (stage.path / own).write_text(config.to_yaml(), encoding="utf-8")
     checkpoint.config.to_json_file(stage.path / "config.json")
     checkpoint.generation_config().to_json_file(stage.path / "generation_config.json")
     shared = [name for name in SHARED_FILES if (stage.path / name).is_file()]
+    if checkpoint.path.is_dir() and checkpoint.path.samefile(stage.target):
+        return [*(name for name in shared if not (stage.target / name).exists()), own]
     present = [name for name in SHARED_FILES if (stage.target / name).exists()]
-    if present and not any(stage.target.glob(f"*{_HIP_CONFIG}")):
+    strangers = [name for name in _CHECKPOINTS if (stage.target / name).exists()]
+    if strangers or (present and not any(stage.target.glob(f"*{_HIP_CONFIG}"))):
         raise ExportError(
-            f"{stage.target}: it holds a {present[0]} that hip-trt did not write.", "Choose another folder for --out."
+            f"{stage.target}: it holds a {(strangers or present)[0]} that hip-trt did not write.",
+            "Choose another folder for --out.",
         )
     others = [other.name for other in stage.target.glob("*.onnx") if other.name != path.name]
     same = present == shared and all(filecmp.cmp(stage.path / name, stage.target / name, False) for name in shared)
@@ -196,8 +216,6 @@ def _save_side_files(checkpoint: Checkpoint, config: HipConfig, stage: Staging, 
             "configuration this export would replace.",
             "Choose another folder for --out.",
         )
-    own = _HIP_CONFIG if path.stem == "model" else f"{path.stem}.{_HIP_CONFIG}"
-    (stage.path / own).write_text(config.to_yaml(), encoding="utf-8")
     return [*shared, own]
 
 
@@ -211,51 +229,21 @@ def _constants(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return constants
 
 
-def _write_weights(
-    checkpoint: Checkpoint, traced: Trace, dtype: torch.dtype, stage: Staging, stem: str, advance: Step
-) -> str:
-    """Write every weight into one file and refer the graph's initializers to it; the file's name.
-
-    One weight is in memory at a time.
-    """
-    digest, temporary = hashlib.sha256(), stage.path / "weights"
-    extents: dict[str, tuple[int, int]] = {}
-    with open(temporary, "wb") as file, torch.no_grad():
-        for name, weight in traced.weights.items():
-            tensor = convert(checkpoint.tensors[weight.parameter].load(), dtype, weight.parameter)
-            if weight.transposed:
-                tensor = tensor.t()
-            content = tensor.contiguous().view(torch.uint8).numpy().data
-            padding = bytes(-file.tell() % _ALIGNMENT)
-            for part in (padding, content):
-                file.write(part)
-                digest.update(part)
-            extents[name] = file.tell() - content.nbytes, content.nbytes
-            advance(content.nbytes)
-    data = _data_name(stem, digest.hexdigest()[:_DIGITS])
-    temporary.rename(stage.path / data)
-    for name, (offset, length) in extents.items():
-        value = traced.model.graph.initializers[name]
-        value.const_value = ir.ExternalTensor(
-            data, offset, length, value.dtype, shape=value.shape, name=name, base_dir=stage.path
-        )
-    return data
-
-
-def _data_name(stem: str, digits: str) -> str:
-    return f"{stem}-{digits}.onnx.data"
-
-
-def _obsolete(stem: str) -> re.Pattern[str]:
-    """Names of what an earlier export of this name may have left: its weights, and tokenizer files of other kinds."""
-    names = [re.escape(_data_name(stem, "#")).replace("\\#", f"[0-9a-f]{{{_DIGITS}}}"), *map(re.escape, SHARED_FILES)]
+def _obsolete(stem: str, side_files: Sequence[str]) -> re.Pattern[str]:
+    """Names of what an earlier export of this name may have left: its weights, and, where this one brings its own
+    configuration, tokenizer files of other kinds."""
+    hexadecimal = f"[0-9a-f]{{{NAME_DIGITS}}}"
+    names = [re.escape(name(stem, "#")).replace("\\#", hexadecimal) for name in (data_name, link_name)]
+    if "config.json" in side_files:
+        names += map(re.escape, SHARED_FILES)
     return re.compile("|".join(names))
 
 
-def _serialize(model: ir.Model, spec: ModelSpec) -> bytes:
+def _serialize(model: ir.Model, spec: ModelSpec, data: tuple[WeightsFile, ...]) -> bytes:
     """The model file, with the operator's body and the facts that runtimes need."""
     model.producer_name, model.producer_version = "hip-trt", spec.hip_trt_version
     model.metadata_props[METADATA_KEY] = spec.model_dump_json()
+    model.metadata_props[WEIGHTS_KEY] = WEIGHTS_FILES.dump_json(data).decode()
     proto = ir.serde.serialize_model(model)
     add_function(proto)
     content: bytes = proto.SerializeToString(deterministic=True)

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hip_trt.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where a weight lies as a plain array, row by row, that others can read in place.
+
+    Attributes:
+        path: the file.
+        offset, length: bytes. The offset may be any number: safetensors does not align.
+        dtype: type of its elements.
+    """
+
+    path: Path
+    offset: int
+    length: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -18,10 +35,12 @@ class StoredTensor:
     Attributes:
         shape: its shape, as transformers has it.
         load: reads it, in the type that it is stored in, or float32 if it is quantized.
+        extent: None where it is stored in another form, such as quantized.
     """
 
     shape: tuple[int, ...]
     load: Callable[[], Tensor]
+    extent: Extent | None = None
 
 
 def check_shapes(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], where: str) -> list[str]:

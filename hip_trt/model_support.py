@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hip_trt.errors import CheckpointError, ConfigError, RuntimeInputError
@@ -24,8 +23,6 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """RoPE variants whose frequencies are constants."""
 LIMITED_ROPE = ("dynamic", "longrope", "su")
 """RoPE variants whose frequencies change beyond some length. ("su" is longrope's older name.)"""
-HEAD_DIMS = (64, 128)
-"""Head sizes that the kernels compute."""
 
 _ATTENTION_TYPES = ("full_attention", "sliding_attention")
 _ATTENDS = "HiP attends causally to all tokens, by rotary position embedding or none, in decoder-only models."
@@ -189,17 +186,6 @@ def check_call(
     ):
         if unsupported:
             raise RuntimeInputError(f"HiP does not support {what}.", "Leave it out, or use the model without HiP.")
-
-
-def kernel_head_dim(head_dim: int) -> int:
-    """The head size that a cache holds: heads between two sizes that kernels compute are filled up with zeros."""
-    return HEAD_DIMS[1] if HEAD_DIMS[0] < head_dim < HEAD_DIMS[1] else head_dim
-
-
-def fill_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys and values [B, H, S, D] with zeros up to :func:`kernel_head_dim`, which change no q·k."""
-    missing = kernel_head_dim(tensors[0].shape[-1]) - tensors[0].shape[-1]
-    return tuple(F.pad(tensor, (0, missing)) for tensor in tensors) if missing else tensors
 
 
 def _rope_type(get: Callable[[str], Any]) -> str:

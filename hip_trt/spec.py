@@ -24,7 +24,6 @@ class ModelSpec(BaseModel):
         source: name of the checkpoint, without its folder.
         dtype: type of weights, activations and KV cache. Logits are float32 always.
         logits: "last": [B, 1, vocab_size], the last valid token of each row; "all": [B, S, vocab_size].
-        head_dim: of the KV pools; the model's own, or that filled up to one that the kernels compute.
         max_position_embeddings: longest context, in tokens: that the model was trained for, or a shorter one that it
             was exported for.
         hip_trt_version: version of hip-trt that exported the model.

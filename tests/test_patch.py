@@ -296,9 +296,9 @@ def test_importing_hip_trt_imports_no_transformers() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: MistralForCausalLM(MistralConfig(sliding_window=64, **TINY)), r"sliding window of 64 tokens \(sliding_window\)"),
+        (lambda: MistralForCausalLM(MistralConfig(sliding_window=64, num_key_value_heads=1, **TINY)), "sliding window of 64 tokens"),
         (lambda: Gemma2ForCausalLM(Gemma2Config(layer_types=["full_attention"], **TINY)), "attn_logit_softcapping"),
-        (lambda: Qwen2ForCausalLM(Qwen2Config(layer_types=["linear_attention"], **TINY)), "layer_types linear_attention"),
+        (lambda: Qwen2ForCausalLM(Qwen2Config(layer_types=["linear_attention"], **TINY)), "linear_attention"),
         (lambda: T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, num_layers=1, vocab_size=9)), "T5"),
         (lambda: BertModel(BertConfig(**TINY)), "BertModel: the model does not attend causally"),
         (lambda: tiny_llama(is_causal=False), r"does not attend causally \(is_causal false\)"),

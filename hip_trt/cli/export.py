@@ -14,8 +14,9 @@ from hip_trt.cli.console import Verbose, out, set_verbose
 from hip_trt.errors import ExportError
 
 if TYPE_CHECKING:
+    from hip_trt.export import ExportedModel
     from hip_trt.sidecar import Sidecar
-    from hip_trt.spec import DType, Logits
+    from hip_trt.spec import DType, Logits, ModelSpec
 
 _ONNX_NAME = "model.onnx"
 _MODEL_PANEL, _ENGINE_PANEL = "Model", "Engine"
@@ -37,6 +38,10 @@ Examples:
   An engine from an ONNX model that is there already, for one kind of GPU:
 
     hip-trt export --model m.onnx --out m.plan --compute-capability 8.9
+
+  An engine of a model that is larger than memory: nothing is copied, and the engine holds no weights:
+
+    hip-trt export --model ./Llama-3.1-8B --out build/engine.plan --strip-weights
 
   A larger budget, and two layers dense:
 
@@ -79,6 +84,22 @@ def export(
             help="Compute logits for the last token of each sequence, or for all.",
         ),
     ] = None,
+    max_context: Annotated[
+        int | None,
+        typer.Option(
+            min=1, rich_help_panel=_MODEL_PANEL, show_default="the model's context length",
+            help="Longest context that the model will be given. A model with a sliding window can be exported for "
+            "contexts up to the window.",
+        ),
+    ] = None,
+    copy_weights: Annotated[
+        bool,
+        typer.Option(
+            "--copy-weights", rich_help_panel=_MODEL_PANEL,
+            help="Copy the weights, which makes a folder that is independent of the checkpoint. Otherwise its "
+            "safetensors files are used in place, or linked, where no conversion is asked for.",
+        ),
+    ] = False,
     allow_download: Annotated[
         bool,
         typer.Option(
@@ -126,6 +147,21 @@ def export(
             help="Most pages in the KV pool.",
         ),
     ] = None,
+    strip_weights: Annotated[
+        bool,
+        typer.Option(
+            "--strip-weights", rich_help_panel=_ENGINE_PANEL,
+            help=f"Leave the weights out of the engine; they are read from {_ONNX_NAME}'s files when it is loaded. For "
+            "models that are larger than this machine's memory.",
+        ),
+    ] = False,
+    weight_streaming: Annotated[
+        bool,
+        typer.Option(
+            "--weight-streaming", rich_help_panel=_ENGINE_PANEL,
+            help="Let the GPU hold a part of the weights only, the rest in host memory; slower.",
+        ),
+    ] = False,
     verbose: Verbose = False,
     config_file: Path | None,
     fields: dict[str, Any],
@@ -143,21 +179,35 @@ def export(
     if not wants_plan and to.suffix != ".onnx":
         raise ExportError(f"--out {to}: must end in .plan, for an engine, or .onnx.")
     if is_onnx:
-        _refuse_model_options(exported, to, dtype=dtype, logits=logits, config=config_file, **fields)
+        _refuse_model_options(exported, to, dtype=dtype, logits=logits, max_context=max_context,
+                              copy_weights=copy_weights or None, config=config_file, **fields)
+    if not wants_plan:
+        _refuse_engine_options(to, strip_weights=strip_weights, weight_streaming=weight_streaming)
     build = _engine_builder(runtime, compute_capability or []) if wants_plan else None
     if not is_onnx:
         from hip_trt.export import export_onnx
 
+        def check_engine(spec: ModelSpec) -> None:
+            """Refuse now what the engine's build would refuse after the model's long export."""
+            from hip_trt import library
+            from hip_trt.export.profiles import EngineLimits
+
+            library.validate(spec)
+            EngineLimits.resolve(
+                spec, max_batch=max_batch, max_prefill=max_prefill, max_seq_len=max_seq_len, max_pages=max_pages
+            )
+
         exported = to.parent / _ONNX_NAME if wants_plan else to
-        export_onnx(
+        made = export_onnx(
             model, exported, config=resolve_config(config_file, fields), allow_download=allow_download, steps=steps,
             dtype=cast("DType | None", dtype), logits=cast("Logits", logits or "last"),  # it refuses any other value
+            max_context=max_context, check=check_engine if wants_plan else None, copy_weights=copy_weights,
         )
-        out().print(f"{exported}: ONNX, for any runtime", soft_wrap=True, highlight=False, markup=False)
+        _report_model(made)
     if build is not None:
         sidecar = build(
             exported, to, max_batch=max_batch, max_prefill=max_prefill, max_seq_len=max_seq_len, max_pages=max_pages,
-            steps=steps,
+            strip_weights=strip_weights, weight_streaming=weight_streaming, steps=steps,
         )
         _report_engine(to, sidecar)
 
@@ -174,6 +224,12 @@ def _refuse_model_options(model: Path, to: Path, **options: Any) -> None:
         )
 
 
+def _refuse_engine_options(to: Path, **options: bool) -> None:
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise ExportError(f"--{given[0].replace('_', '-')}: needs an engine.", f"Name a .plan with --out, not {to}.")
+
+
 def _engine_builder(runtime: str, compute_capabilities: list[str]) -> Callable[..., Sidecar]:
     """:func:`build_engine` for a TensorRT and GPUs that are checked now, before the model's long export."""
     from hip_trt import library
@@ -186,13 +242,31 @@ def _engine_builder(runtime: str, compute_capabilities: list[str]) -> Callable[.
     return functools.partial(build_engine, runtime=flavour, compute_capabilities=targets)
 
 
+def _report_model(model: ExportedModel) -> None:
+    """Say what was made, and what must stay where it is."""
+    from hip_trt.files import format_size
+
+    size = format_size(sum(path.stat().st_size for path in model.data))
+    names = f"{model.data[0].name}{f' and {len(model.data) - 1} more' if len(model.data) > 1 else ''}"
+    weights = {
+        "copied": f"weights copied: {names}",
+        "linked": f"weights linked, not copied: {names} are the checkpoint's files under a second name; the Python "
+        "package onnx refuses such links, for which there is --copy-weights",
+        "in place": f"weights stay in the checkpoint's files, which must stay where they are: {names}",
+    }[model.placement]
+    out().print(
+        f"{model.path}: ONNX, for any runtime; {size} of {weights}", soft_wrap=True, highlight=False, markup=False
+    )
+
+
 def _report_engine(plan: Path, sidecar: Sidecar) -> None:
     from hip_trt.files import format_size
 
     limits = sidecar.limits
+    weights = "" if sidecar.weights == "embedded" else f"; no weights, which stay with {sidecar.model[0].name}"
     out().print(
         f"{plan}: {sidecar.flavour} {sidecar.tensorrt_version} engine for GPUs of compute capability "
         f"{', '.join(sidecar.compute_capabilities)}; {format_size(sidecar.plan.size)}; {len(sidecar.plugin_layers)} "
-        f"HipAttention plugin layers; up to {limits.max_batch} sequences of {limits.max_seq_len} tokens",
+        f"HipAttention plugin layers; up to {limits.max_batch} sequences of {limits.max_seq_len} tokens{weights}",
         soft_wrap=True, highlight=False, markup=False,
     )

@@ -19,7 +19,7 @@ from transformers.masking_utils import causal_mask_function
 from hip_trt.config import HipConfig
 from hip_trt.errors import CheckpointError, ConfigError, RuntimeInputError
 from hip_trt.huggingface.cache import HipCache
-from hip_trt.model_support import check_call, check_model, fill_heads, limits, resolve_context
+from hip_trt.model_support import check_call, check_model, limits, resolve_context
 
 ATTENTION = "hip_trt"
 """The attention implementation's name in transformers."""
@@ -167,7 +167,5 @@ def _attention(
     if attention_mask is not None and attention_mask.ndim != 2:
         raise RuntimeInputError("HiP does not support a 4-D attention_mask.", "Leave it out, or unpatch the model.")
     layer = hip_cache.layers[module.layer_idx]
-    head_dim = query.shape[-1]
-    scale = head_dim ** -0.5 if scaling is None else scaling
-    output = layer.attend(*fill_heads(query, key, value), attention_mask, scale)
-    return output[..., :head_dim].transpose(1, 2), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return layer.attend(query, key, value, attention_mask, scale).transpose(1, 2), None
