@@ -53,7 +53,8 @@ class DecodeStep(HipTrtCall):
 
 
 def decode_steps(
-    library: Library, geometry: Geometry, config: HipConfig, *, past: int, batch: int, step_bytes: int, seed: int
+    library: Library, geometry: Geometry, config: HipConfig, *, past: int, batch: int, step_bytes: int, seed: int,
+    device: str = "cuda",
 ) -> list[DecodeStep]:
     """Steps over sets of sequences of ``past`` tokens, a multiple of the page size.
 
@@ -65,15 +66,14 @@ def decode_steps(
     slots = past // config.page_size + 1
     set_bytes = 2 * batch * slots * config.page_size * geometry.kv_heads * geometry.row_bytes
     sets = max(1, min(max(2, min(16, -(-ROTATED_BYTES // step_bytes))), MOST_POOL_BYTES // set_bytes))
-    tables = pages.scattered(sets, batch, slots)
-    pools = (pages.empty_pool(geometry, tables.numel(), config.page_size),
-             pages.empty_pool(geometry, tables.numel(), config.page_size))
+    tables = pages.scattered(sets, batch, slots, device=torch.device(device))
+    pools = pages.empty_pools(geometry, tables, config.page_size)
     steps = []
     for index in range(sets):
-        context = draw(geometry, batch=batch, queries=1, tokens=past, seed=seed + index)
+        context = draw(geometry, batch=batch, queries=1, tokens=past, seed=seed + index, device=device)
         pages.fill(pools[0], tables[index], context.key)
         pages.fill(pools[1], tables[index], context.value)
-        new = torch.randn(2, batch, geometry.kv_heads, 1, geometry.head_dim, dtype=geometry.dtype, device="cuda")
+        new = torch.randn(2, batch, geometry.kv_heads, 1, geometry.head_dim, dtype=geometry.dtype, device=device)
         table = tables[index].clone()  # a tensor of its own: aligned
         steps.append(DecodeStep(library, geometry, config, Tensors(context.query, new[0], new[1].clone()), pools, table,
                                 past))

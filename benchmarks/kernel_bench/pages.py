@@ -8,17 +8,19 @@ from torch import Tensor
 from kernel_bench.geometry import Geometry
 
 
-def scattered(*shape: int) -> Tensor:
-    """Page tables whose pages are the pool's in random order, each used once: int32 of this shape, on the GPU."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    count = torch.Size(shape).numel()
-    return torch.randperm(count, generator=generator, device="cuda", dtype=torch.int32).view(shape)
+def scattered(*shape: int, device: torch.device) -> Tensor:
+    """Page tables whose pages are the pool's in random order, each used once: int32 of this shape."""
+    return torch.randperm(torch.Size(shape).numel(), device=device, dtype=torch.int32).view(shape)
 
 
-def empty_pool(geometry: Geometry, pages: int, page_size: int) -> Tensor:
-    """[P, Hkv, page_size, D], not a number everywhere: rows that nobody wrote must not count."""
-    shape = (pages, geometry.kv_heads, page_size, geometry.head_dim)
-    return torch.full(shape, torch.nan, dtype=geometry.dtype, device="cuda")
+def empty_pools(geometry: Geometry, tables: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """Keys and values, [P, Hkv, page_size, D], as many pages as ``tables`` have.
+
+    Not a number everywhere: rows that nobody wrote must not count.
+    """
+    shape = (tables.numel(), geometry.kv_heads, page_size, geometry.head_dim)
+    empty = torch.full(shape, torch.nan, dtype=geometry.dtype, device=tables.device)
+    return empty, empty.clone()
 
 
 def fill(pool: Tensor, tables: Tensor, rows: Tensor) -> None:

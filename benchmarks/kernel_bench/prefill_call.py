@@ -21,9 +21,9 @@ class PrefillCall(HipTrtCall):
     """
 
     def __init__(self, library: Library, geometry: Geometry, config: HipConfig, tensors: Tensors) -> None:
-        table = pages.scattered(1, -(-tensors.query.shape[2] // config.page_size))
-        pools = (pages.empty_pool(geometry, table.numel(), config.page_size),
-                 pages.empty_pool(geometry, table.numel(), config.page_size))
+        query = tensors.query
+        table = pages.scattered(1, -(-query.shape[2] // config.page_size), device=query.device)
+        pools = pages.empty_pools(geometry, table, config.page_size)
         super().__init__(library, geometry, config, tensors, pools, table, 0)
 
     def check(self) -> Comparison:
