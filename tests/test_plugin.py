@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -217,6 +220,24 @@ def test_engine_of_another_plugin_version(flavour: Flavour, creator: Any) -> Non
         f"HipAttention (layer): the engine was built by plugin version 0.0.7, and this library is version {version}. "
         "Build the engine again, or install hip-trt 0.0.7."
     ]
+
+
+def test_lean_runtime_hands_out_the_capabilities(plugin_path: Path) -> None:
+    """TensorRT 11 proper, where its lean runtime is installed (tensorrt-lean-cu13); it needs no GPU for this."""
+    if importlib.util.find_spec("tensorrt_lean") is None:
+        pytest.skip("tensorrt-lean is not installed")
+    program = Path(__file__).with_name("tensorrt_lean_registry.py")
+    done = subprocess.run([sys.executable, program, plugin_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["creator"] == told["plugin"] == [names.OP_TYPE, "1", ""]
+    assert told["fields"] == sorted(ATTRIBUTES)
+    assert told["kinds"] == [
+        ["IPluginV3OneCore", "PLUGIN_V3ONE_CORE", 1], ["IPluginV3OneBuildV2", "PLUGIN_V3ONE_BUILD", 2],
+        ["IPluginV3OneRuntime", "PLUGIN_V3ONE_RUNTIME", 1],
+    ]
+    assert told["outputs"] == len(names.OUTPUTS)
+    assert "page_size=32 " in told["description"]
 
 
 # In an engine
