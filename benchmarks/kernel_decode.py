@@ -62,7 +62,7 @@ def measure(arguments: argparse.Namespace, library: Library) -> bool:
         for mode, name in PEER_MODES.items():
             column = f"{peer.name}, {name}"
             if "error" in answer and mode == "searched":
-                report.check(column, case.tokens, case.batch, {"error": answer["error"]})
+                report.check(column, case.tokens, case.batch, {name: answer[name] for name in ("error", "triton")})
             report.time(column, case.tokens, case.batch, answer.get("times", {}).get(mode, answer))
         print(f"{peer.name}, {case_name(case.tokens, case.batch)}: {answer}", flush=True)
 

@@ -58,7 +58,7 @@ def measure(arguments: argparse.Namespace, library: Library) -> bool:
 
     def record(peer: hip_attn.Peer, case: hip_attn.Case, answer: dict[str, Any]) -> None:
         if "error" in answer:
-            report.check(peer.name, case.tokens, case.batch, {"error": answer["error"]})
+            report.check(peer.name, case.tokens, case.batch, {name: answer[name] for name in ("error", "triton")})
         report.time(peer.name, case.tokens, case.batch, answer.get("times", {}).get("", answer))
         print(f"{peer.name}, {case_name(case.tokens, 1)}: {answer}", flush=True)
 

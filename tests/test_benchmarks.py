@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import kernel_decode  # noqa: E402
 import kernel_prefill  # noqa: E402
-from kernel_bench import hip_attn, options, roofline  # noqa: E402
+from kernel_bench import dense, hip_attn, options, roofline  # noqa: E402
 from kernel_bench.break_even import break_even  # noqa: E402
 from kernel_bench.checks import CheckError, Comparison, compare_dense  # noqa: E402
 from kernel_bench.decode_step import decode_steps  # noqa: E402
@@ -170,10 +171,10 @@ def test_break_even_sides(ours: dict[int, float], theirs: dict[int, float], side
 def filled_report(folder: Path) -> Report:
     header = Header("kernel_prefill", "prefill", "ms", ("hip-trt",), ("cuDNN",), ("hip-attn 1.1",))
     report = Report(folder, header, Rates(4.3e12, 790e12), {"environment": {"gpu": "some GPU", "driver": None}})
-    for tokens, ours, dense in ((4096, 0.5, 0.25), (8192, 0.8, 1.0), (131072, 22.7, 251.0)):
+    for tokens, ours, theirs in ((4096, 0.5, 0.25), (8192, 0.8, 1.0), (131072, 22.7, 251.0)):
         report.work("hip-trt", tokens, 1, roofline.Work(int(2e12), int(3e12), int(1e9), int(9e9)))
         report.time("hip-trt", tokens, 1, Timing.of([ours, ours * 2, ours / 2], "single calls"))
-        report.time("cuDNN", tokens, 1, Timing.of([dense], "single calls"))
+        report.time("cuDNN", tokens, 1, Timing.of([theirs], "single calls"))
         report.time("hip-attn 1.1", tokens, 1, {"failed": "took too long"})
     report.check("hip-trt", 8192, 1, Comparison(64, 2e-3, 100, 99).as_json())
     report.write()
@@ -195,7 +196,7 @@ def test_report_is_written_as_results_come(tmp_path: Path) -> None:
     crossing = 4096 * 2 ** (1 / (1 + (0.2231 / 0.6931)))
     assert f"- Break-even of hip-trt against cuDNN, batch 1: at about {crossing:,.0f} tokens." in lines
     assert "- hip-attn 1.1 at 4k; 8k; 128k: took too long." in lines
-    assert any("relative error 2.0e-03 over 64 rows, 99 of 100 chosen" in line for line in lines)
+    assert any("largest relative error 2.0e-03 over 64 rows, 99 of 100 chosen" in line for line in lines)
     assert lines[-1] == "- gpu some GPU."
 
 
@@ -277,7 +278,7 @@ class Corrupted:
 
     def __init__(self, library: Library, result: str, value: float) -> None:
         self._library, self._result, self._value = library, result, value
-        self.workspace_size = library.workspace_size
+        self.workspace_size, self.path = library.workspace_size, library.path
 
     def attention(self, **arguments: Any) -> None:
         self._library.attention(**arguments)
@@ -311,6 +312,64 @@ def test_decode_is_checked(library: Library) -> None:
     assert searched[0].check().agreed > 0
     with pytest.raises(CheckError):
         steps(Corrupted(library, "output", 0.5))[0].check()
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let both programs run here: small tensors of the CPU, and the host's clock."""
+
+    def timed(calls: Any, **_: Any) -> Timing:
+        for call in calls if isinstance(calls, list) else [calls]:
+            call()
+        return Timing.of([1.0], "single calls")
+
+    for module in (kernel_prefill, kernel_decode, dense):
+        for name, stand_in in (
+            ("LLAMA_8B", SMALL), ("draw", partial(draw, device="cpu")), ("single_calls", timed),
+            ("replayed_steps", timed), ("decode_steps", partial(decode_steps, device="cpu")),
+        ):
+            monkeypatch.setattr(module, name, stand_in, raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(kernel_prefill.environment, "describe", lambda path: {"library": path.name})
+    monkeypatch.setattr(kernel_prefill.HipConfig, "create", lambda: CONFIG)
+
+
+@pytest.mark.parametrize("program", [kernel_prefill, kernel_decode], ids=lambda program: program.__name__)
+@pytest.mark.usefixtures("on_cpu")
+def test_whole_program(
+    program: ModuleType, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Everything but the GPU: emulated kernels, PyTorch's attention on the CPU, absent peers."""
+    arguments = ["--out", str(tmp_path), "--lengths", "128", "256", "--seed", "5"]
+    monkeypatch.setattr(sys, "argv", [program.__name__, *arguments])
+    assert program.measure(options.parse(program.__doc__), library)
+    content = json.loads((tmp_path / f"{program.__name__}.json").read_text())
+    assert [row["tokens"] for row in content["rows"]] == [128, 256]
+    assert content["seed"] == 5
+    for row in content["rows"]:
+        for column in content["ours"]:
+            assert row["times"][column]["median"] == 1.0
+            assert row["checks"][column]["error"] < 1e-2
+            assert row["work"][column]["least"] > 0
+        assert all(row["times"][column]["failed"].startswith("not run") for column in content["peers"])
+        assert row["times"].keys() == {*content["ours"], *content["dense"], *content["peers"]}
+    assert (tmp_path / f"{program.__name__}.md").read_text() == markdown(content)
+    assert "hip-attn 1.2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("program", [kernel_prefill, kernel_decode], ids=lambda program: program.__name__)
+@pytest.mark.usefixtures("on_cpu")
+def test_wrong_outputs_are_not_timed(
+    program: ModuleType, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [program.__name__, "--out", str(tmp_path), "--lengths", "256"])
+    wrong = Corrupted(library, "output", 0.5)
+    assert not program.measure(options.parse(program.__doc__), wrong)
+    (row,) = json.loads((tmp_path / f"{program.__name__}.json").read_text())["rows"]
+    failed = [entry["failed"] for column, entry in row["times"].items() if column.startswith("hip-trt")]
+    assert len(failed) == 1
+    assert "CheckError" in failed[0]
 
 
 def worker(site: Path, folder: Path, name: str = "hip-attn 1.1") -> hip_attn.Worker:

@@ -10,7 +10,7 @@ from kernel_bench.geometry import Geometry
 
 def scattered(*shape: int, device: torch.device) -> Tensor:
     """Page tables whose pages are the pool's in random order, each used once: int32 of this shape."""
-    return torch.randperm(torch.Size(shape).numel(), device=device, dtype=torch.int32).view(shape)
+    return torch.randperm(torch.Size(shape).numel(), device=device).int().view(shape)
 
 
 def empty_pools(geometry: Geometry, tables: Tensor, page_size: int) -> tuple[Tensor, Tensor]:

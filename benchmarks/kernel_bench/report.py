@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -139,9 +139,10 @@ def _footer(content: Mapping[str, Any]) -> list[str]:
         f"- Limit: the larger of counted FLOP at {rates['flops_per_second'] / 1e12:.0f} TFLOP/s and counted bytes of "
         f"device memory at {rates['bytes_per_second'] / 1e12:.1f} TB/s."
     )
-    for row in content["rows"]:
-        for column, result in row["checks"].items():
-            lines.append(f"- {column} at {case_name(row['tokens'], row['batch'])}, before timing: {_check(result)}.")
+    for column in [*content["ours"], *content["peers"]]:
+        results = [row["checks"][column] for row in content["rows"] if column in row["checks"]]
+        if results:
+            lines.append(f"- {column}, before timing: {_checks(results)}.")
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in content["rows"]:
         for column, entry in row["times"].items():
@@ -187,11 +188,14 @@ def _share(row: Mapping[str, Any], column: str) -> str:
     return f"{work['least'] / entry['median']:.0%}" if work and "median" in entry else ""
 
 
-def _check(result: Mapping[str, Any]) -> str:
-    text = f"relative error {result['error']:.1e}"
-    if "chosen_blocks" in result:
-        text += (f" over {result['rows']} rows, {result['agreed_blocks']} of {result['chosen_blocks']} chosen blocks "
-                 "the same as the reference's")
+def _checks(results: Sequence[Mapping[str, Any]]) -> str:
+    text = f"largest relative error {max(result['error'] for result in results):.1e}"
+    if "chosen_blocks" in results[0]:
+        rows, agreed, chosen = (sum(result[name] for result in results)
+                                for name in ("rows", "agreed_blocks", "chosen_blocks"))
+        text += f" over {rows:,} rows, {agreed:,} of {chosen:,} chosen blocks the same as the reference's"
+    if "triton" in results[0]:
+        text += f"; it ran with Triton {results[0]['triton']}"
     return text
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-FLUSH_BYTES = 512 << 20
+FLUSH_BYTES = 1 << 30
 """Written before each timed call: several times the L2 cache, and long enough to hide the launch of the call."""
 
 
