@@ -69,7 +69,7 @@ class Description(_Part):
 
     Attributes:
         source: where the facts come from, in words.
-        files: the model's files that are here.
+        files: the model's files, which must stay together.
         layers: number of nodes by ONNX operator, or of TensorRT layers by type.
         attention: names of the HipAttention nodes, or plugin layers.
         function_body: whether an .onnx carries the operator's body, with which plain ONNX Runtime runs it.
@@ -114,7 +114,10 @@ def _describe_onnx(source: OnnxFile) -> Description:
         kind="onnx",
         path=str(source.path),
         source="the ONNX file",
-        files=tuple(File(name=path.name, size=path.stat().st_size) for path in source.files),
+        files=tuple(
+            File(name=path.relative_to(source.path.parent).as_posix(), size=path.stat().st_size)
+            for path in source.files
+        ),
         spec=source.spec,
         layers=dict(Counter(_operator_name(node) for node in graph.node).most_common()),
         attention=tuple(node.name for node in source.attention_nodes),
@@ -139,6 +142,7 @@ def _describe_plan(path: Path, advance: Callable[[int], object]) -> Description:
         files=(
             File(name=path.name, size=sidecar.plan.size),
             File(name=beside.name, size=beside.stat().st_size),
+            *(File(name=file.name, size=file.size) for file in sidecar.model if sidecar.weights != "embedded"),
         ),
         spec=sidecar.spec,
         layers=sidecar.layers,

@@ -21,6 +21,10 @@ from hip_trt.spec import ModelSpec
 from hip_trt.tensorrt_flavour import Flavour, FlavourName, covers
 
 ProfileName = Literal["prefill", "decode"]
+PlanWeights = Literal["embedded", "bound", "refit"]
+"""Where the weights of a plan are. "embedded": in it. Otherwise in the files of the .onnx that it was built from, which
+must stay beside it. "bound": matrices are inputs of the engine, and smaller weights are in the plan. "refit": TensorRT
+stripped the plan, and puts the weights back when it is loaded."""
 Shape = tuple[int, ...]
 
 _EXPORT_AGAIN = "Export the engine again with `hip-trt export`."
@@ -31,9 +35,10 @@ class _Record(BaseModel):
 
 
 class FileRecord(_Record):
-    """One file, by its name without the folder.
+    """One file.
 
     Attributes:
+        name: from the folder of the plan or model that it belongs to.
         size: bytes.
         sha256: checksum in hexadecimal.
     """
@@ -88,9 +93,12 @@ class Sidecar(_Record):
         format_version: raised when the meaning of a field changes.
         plan: the plan file.
         model: the ONNX file, then its external data.
+        weights: where the weights are; unless "embedded", the files of ``model`` must stay beside the plan.
+        bound: for "bound": the engine's inputs that are weights, in its order, by their names in the ONNX file.
+        weight_streaming: whether the runtime may keep a part of the weights in host memory.
         spec: facts about the model, HipConfig included.
         limits: largest shapes that the profiles accept.
-        inputs, outputs: in the engine's order.
+        inputs, outputs: in the engine's order; without ``bound``.
         profiles: optimization profiles in the engine's order.
         layers: number of layers in the parsed network by TensorRT's name of their type.
         plugin_layers: names of the HipAttention layers.
@@ -103,6 +111,9 @@ class Sidecar(_Record):
     format_version: Literal[1] = 1
     plan: FileRecord
     model: tuple[FileRecord, ...]
+    weights: PlanWeights = "embedded"
+    bound: tuple[TensorRecord, ...] = ()
+    weight_streaming: bool = False
     spec: ModelSpec
     limits: Limits
     inputs: tuple[TensorRecord, ...]

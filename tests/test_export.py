@@ -45,6 +45,11 @@ Exporter = Callable[..., ExportedModel]
 Array = np.ndarray[Any, Any]
 
 
+def copy_of(traced: graph.Trace) -> graph.Trace:
+    """A trace to be filled with weights, which changes it."""
+    return graph.Trace(traced.model.clone(), traced.weights)
+
+
 @pytest.fixture(scope="session")
 def traced_export(
     tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
@@ -53,21 +58,23 @@ def traced_export(
     traces: list[graph.Trace] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_export, "trace", lambda *args, **options: traces.append(graph.trace(*args, **options))
-                      or traces[0])
+                      or copy_of(traces[0]))
         return export_onnx(tiny_folder, tmp_path_factory.mktemp("dense"), config=DENSE), traces[0]
 
 
 @pytest.fixture(scope="session")
 def dense_model(traced_export: tuple[ExportedModel, graph.Trace]) -> ExportedModel:
-    """The tiny checkpoint, with a budget that no prompt here exceeds."""
+    """The tiny checkpoint, its weights linked, with a budget that no prompt here exceeds."""
     return traced_export[0]
 
 
 @pytest.fixture(scope="session")
 def sparse_model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportedModel:
-    """The tiny checkpoint, pruned, layer 0 dense, with logits of all tokens."""
-    config = SPARSE.replace(dense_layers=[0])
-    return export_onnx(tiny_folder, tmp_path_factory.mktemp("sparse") / "sparse.onnx", config=config, logits="all")
+    """The tiny checkpoint, its weights copied, pruned, layer 0 dense, with logits of all tokens."""
+    return export_onnx(
+        tiny_folder, tmp_path_factory.mktemp("sparse") / "sparse.onnx", config=SPARSE.replace(dense_layers=[0]),
+        logits="all", copy_weights=True,
+    )
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:
@@ -94,7 +101,9 @@ def test_files(dense_model: ExportedModel, tiny_folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in dense_model.files)
     assert {"config.json", "generation_config.json", "hip_config.yaml", "tokenizer.json", "tokenizer_config.json",
             "chat_template.jinja"} < {path.name for path in dense_model.files}
-    assert re.fullmatch(r"model-[0-9a-f]{12}\.onnx\.data", dense_model.data.name)
+    (data,) = dense_model.data
+    assert re.fullmatch(r"model-[0-9a-f]{12}\.safetensors", data.name)
+    assert data.samefile(tiny_folder / "model.safetensors")
     assert dense_model.path.stat().st_size < 1_000_000
     assert HipConfig.from_yaml(folder / "hip_config.yaml") == DENSE
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -174,16 +183,19 @@ def test_graph_is_clean(sparse_model: ExportedModel) -> None:
     assert b"export/graph.py" not in sparse_model.path.read_bytes()
 
 
-def test_weights(dense_model: ExportedModel, tiny_folder: Path) -> None:
+def test_copied_weights(sparse_model: ExportedModel, tiny_folder: Path) -> None:
     parameters = dict(LlamaForCausalLM.from_pretrained(tiny_folder).named_parameters())
-    model = onnx.load(dense_model.path, load_external_data=False)
+    (data,) = sparse_model.data
+    assert re.fullmatch(r"sparse-[0-9a-f]{12}\.onnx\.data", data.name)
+    assert sparse_model.placement == "copied"
+    model = onnx.load(sparse_model.path, load_external_data=False)
     external = [value for value in model.graph.initializer if uses_external_data(value)]
     assert len(external) == len(parameters)
     for value in external:
         info = ExternalDataInfo(value)
-        assert info.location == dense_model.data.name
+        assert info.location == data.name
         assert info.offset % 4096 == 0
-    for value in onnx.load(dense_model.path).graph.initializer:
+    for value in onnx.load(sparse_model.path).graph.initializer:
         name = value.name.removesuffix("_transposed")
         if name in parameters:
             content = numpy_helper.to_array(value)
@@ -411,7 +423,7 @@ def test_gguf(tmp_path: Path) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, traced_export: tuple[ExportedModel, graph.Trace]) -> Exporter:
     """export_onnx with a graph that is there already, for tests of what happens around it."""
-    monkeypatch.setattr(onnx_export, "trace", lambda *args, **options: traced_export[1])
+    monkeypatch.setattr(onnx_export, "trace", lambda *args, **options: copy_of(traced_export[1]))
     return lambda *args, **options: export_onnx(*args, **{"config": SPARSE, **options})
 
 
@@ -448,12 +460,15 @@ def test_models_that_share_a_folder(quick: Exporter, tiny_folder: Path, tmp_path
 def test_files_of_others_are_not_overwritten(quick: Exporter, tiny_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
     before = names_in(folder)
-    with pytest.raises(ExportError, match="did not write"):
-        quick(folder, folder)
-    assert names_in(folder) == before
+    for refused in ("model.safetensors", "tokenizer.json"):
+        with pytest.raises(ExportError, match=rf"holds a {refused} that hip-trt did not write"):
+            quick(tiny_folder, folder)
+        assert names_in(folder) == before
+        (folder / "model.safetensors").unlink()
+        before = names_in(folder)
 
 
-@pytest.mark.parametrize("step", ["trace", "convert", "_serialize"])
+@pytest.mark.parametrize("step", ["trace", "write_weights", "_serialize"])
 def test_failed_export_leaves_the_older_one(
     quick: Exporter, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -489,13 +504,13 @@ def test_killed_export(dense_model: ExportedModel, tiny_folder: Path, tmp_path: 
 import sys, time
 from hip_trt.export import export_onnx, onnx_export
 
-def write(checkpoint, traced, dtype, stage, stem, advance):
+def write(plan, tensors, traced, dtype, stage, stem, advance):
     (stage.path / "weights").write_bytes(bytes(1000))
     print("writing", flush=True)
     time.sleep(60)
 
 onnx_export.trace = lambda *args, **options: None
-onnx_export._write_weights = write
+onnx_export.write_weights = write
 export_onnx(sys.argv[1], sys.argv[2])
 """
     processes = {}

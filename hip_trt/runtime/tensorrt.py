@@ -16,11 +16,13 @@ from torch import Tensor
 from hip_trt import library
 from hip_trt import operator as names
 from hip_trt.errors import EngineError, EnvironmentProblem
+from hip_trt.files import sha256
 from hip_trt.gpu import current_gpu
+from hip_trt.onnx_file import OnnxFile, map_weights, read_onnx
 from hip_trt.runtime.executor import Limits
 from hip_trt.sidecar import ProfileName, Sidecar, verify_plan
 from hip_trt.spec import ModelSpec
-from hip_trt.tensorrt_flavour import Flavour, find_flavour
+from hip_trt.tensorrt_flavour import Flavour, MessageLog, find_flavour
 
 _KEPT_DECODERS = 4
 """Decode contexts kept, each with its CUDA graph and activation memory: one for each batch that is being decoded."""
@@ -93,6 +95,7 @@ class TensorRTExecutor:
         device: where tensors live.
         stream: queue to enqueue on.
         cuda_graphs: whether to capture decode calls.
+        weights: the engine's inputs that are weights, by name, on ``device``.
 
     Raises:
         EngineError: if TensorRT cannot make a context.
@@ -100,8 +103,9 @@ class TensorRTExecutor:
 
     def __init__(
         self, engine: Any, flavour: Flavour, sidecar: Sidecar, *, device: torch.device, stream: Stream,
-        cuda_graphs: bool = True,
+        cuda_graphs: bool = True, weights: Mapping[str, Tensor] | None = None,
     ) -> None:
+        self._weights = dict(weights or {})
         self._engine, self._flavour, self._sidecar = engine, flavour, sidecar
         self._device, self._stream, self._cuda_graphs = device, stream, cuda_graphs
         with stream.ordered():
@@ -109,21 +113,28 @@ class TensorRTExecutor:
         self._decoders: OrderedDict[tuple[Any, ...], _Decoder] = OrderedDict()
 
     @classmethod
-    def load(cls, path: str | Path, *, cuda_graphs: bool = True) -> TensorRTExecutor:
-        """Deserialize a plan on this machine's first GPU.
+    def load(
+        cls, path: str | Path, *, cuda_graphs: bool = True, weight_budget: int | None = None
+    ) -> TensorRTExecutor:
+        """Deserialize a plan on this machine's first GPU, and give it its weights if it has none of its own.
 
         Args:
-            path: the plan, with its sidecar beside it.
+            path: the plan, with its sidecar beside it, and, if it was built without weights, its .onnx and that one's
+                weights.
             cuda_graphs: whether to capture decode calls.
+            weight_budget: for a plan built with weight streaming: bytes of weights to keep on the GPU; by default what
+                TensorRT finds best for the memory that is free.
 
         Raises:
-            EngineError: the plan or its sidecar is missing, damaged, or built for another TensorRT or GPU.
+            EngineError: the plan, its sidecar or its weights are missing, damaged, or of another model; it was built
+                for another TensorRT or GPU; or TensorRT fails.
             PluginError: the plugin library is missing or of another version.
             EnvironmentProblem: there is no GPU, no TensorRT of the plan's flavour, or no CUDA in PyTorch.
         """
         path = Path(path)
         sidecar = verify_plan(path)
         sidecar.require_plugin(library.version())
+        source = None if sidecar.weights == "embedded" else _model_of(path, sidecar)
         run_onnx = f"Or run the ONNX model on the CPU: hip-trt run {path.with_name(sidecar.model[0].name)}"
         gpu = current_gpu()
         if gpu is None:
@@ -148,7 +159,16 @@ class TensorRTExecutor:
             if engine is None:
                 cause = log.cause("it gives no reason")
                 raise EngineError(f"{path}: {flavour} cannot load it: {cause}.", "Export the engine again.")
-        executor = cls(engine, flavour, sidecar, device=device, stream=CudaStream(device), cuda_graphs=cuda_graphs)
+        if sidecar.weight_streaming:
+            _stream_weights(engine, weight_budget)
+        weights: dict[str, Tensor] = {}
+        if source is not None and sidecar.weights == "refit":
+            refit(engine, flavour, source)
+        elif source is not None:
+            weights = read_weights(source, sidecar, device)
+        executor = cls(
+            engine, flavour, sidecar, device=device, stream=CudaStream(device), cuda_graphs=cuda_graphs, weights=weights
+        )
         executor._runtime = runtime  # must outlive the engine
         return executor
 
@@ -213,6 +233,7 @@ class TensorRTExecutor:
             index = self._sidecar.profile_index(profile)
             if context is None or not context.set_optimization_profile_async(index, self._stream.handle):
                 raise EngineError(f"{self._sidecar.plan.name}: no execution context: {log.cause('no reason given')}.")
+            self._address(context, self._weights, log)
         return context
 
     def _bind(self, context: Any, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
@@ -224,9 +245,13 @@ class TensorRTExecutor:
                         f"{log.cause('outside its profiles')}.",
                         "Build it with larger limits.",
                     )
-            for name, tensor in (*inputs.items(), *outputs.items()):
-                if not context.set_tensor_address(name, tensor.data_ptr()):
-                    raise EngineError(f"{self._sidecar.plan.name}: {name}: {log.cause('no such tensor')}.")
+            for tensors in (inputs, outputs):
+                self._address(context, tensors, log)
+
+    def _address(self, context: Any, tensors: Mapping[str, Tensor], log: MessageLog) -> None:
+        for name, tensor in tensors.items():
+            if not context.set_tensor_address(name, tensor.data_ptr()):
+                raise EngineError(f"{self._sidecar.plan.name}: {name}: {log.cause('no such tensor')}.")
 
     def _enqueue(self, context: Any) -> None:
         with self._flavour.messages() as log:
@@ -234,3 +259,65 @@ class TensorRTExecutor:
                 raise EngineError(
                     f"{self._sidecar.plan.name}: {self._flavour} failed: {log.cause('it gives no reason')}."
                 )
+
+
+def _model_of(plan: Path, sidecar: Sidecar) -> OnnxFile:
+    """The .onnx that holds a plan's weights, which is the very one that the plan was built from."""
+    record = sidecar.model[0]
+    path = plan.with_name(record.name)
+    if not path.is_file():
+        raise EngineError(
+            f"{plan}: built without its weights, which {record.name} has; there is none beside it.",
+            f"Copy {record.name} and its weights from where the plan was built.",
+        )
+    if path.stat().st_size != record.size or sha256(path) != record.sha256:
+        raise EngineError(
+            f"{path}: changed since {plan.name} was built from it.", "Export the engine again with `hip-trt export`."
+        )
+    return read_onnx(path)
+
+
+def read_weights(source: OnnxFile, sidecar: Sidecar, device: torch.device) -> dict[str, Tensor]:
+    """The weights that an engine takes as inputs, read from the model's files, one after the other.
+
+    Raises:
+        EngineError: the model lacks one, or has it in another shape.
+    """
+    weights: dict[str, Tensor] = {}
+    shapes = {record.name: record.shape for record in sidecar.bound}
+    for name, tensor in map_weights(source, tuple(shapes)):
+        if tuple(tensor.shape) != shapes[name]:
+            raise EngineError(
+                f"{source.path}: the weight {name} has shape {list(tensor.shape)}, and {sidecar.plan.name} takes "
+                f"{list(shapes[name])}.",
+                "Export the engine again with `hip-trt export`.",
+            )
+        weights[name] = tensor.to(device, copy=True)
+    return weights
+
+
+def refit(engine: Any, flavour: Flavour, source: OnnxFile) -> None:
+    """Put the weights of a model into an engine whose plan TensorRT stripped.
+
+    Raises:
+        EngineError: TensorRT refuses, or finds weights missing.
+    """
+    from hip_trt.export.function import strip_function
+
+    module, path = flavour.module, source.path
+    with flavour.messages() as log:
+        refitter = module.Refitter(engine, flavour.logger)
+        parser = module.OnnxParserRefitter(refitter, flavour.logger)
+        model = strip_function(source.model).SerializeToString()
+        if not parser.refit_from_bytes(model, str(path.resolve())) or not refitter.refit_cuda_engine():
+            missing = ", ".join(refitter.get_missing_weights()[:3])
+            cause = log.cause(f"the weights {missing} are missing" if missing else "it gives no reason")
+            raise EngineError(f"{path}: {flavour} cannot put its weights into the engine: {cause}.")
+
+
+def _stream_weights(engine: Any, budget: int | None) -> None:
+    """Set how many bytes of weights stay on the GPU, before the first context is made."""
+    most = engine.streamable_weights_size
+    if budget is not None and not 0 <= budget <= most:
+        raise EngineError(f"weight_budget: {budget} is not allowed; it must be from 0 to {most}.")
+    engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget() if budget is None else budget
