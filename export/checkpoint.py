@@ -46,6 +46,7 @@ class Checkpoint:
         dtype: the type it is stored in; float16 for quantized GGUF files.
         tensors: weights by transformers' names.
         max_context: longest context that it may be given with HiP, in tokens.
+        differences: how it then differs from transformers', a line each.
         frequency_factors: [head_dim / 2], divisors of RoPE's frequencies beyond what ``config`` says; None for 1.
     """
 
@@ -56,6 +57,7 @@ class Checkpoint:
     dtype: torch.dtype
     tensors: Mapping[str, StoredTensor] = field(repr=False)
     max_context: int
+    differences: tuple[str, ...] = ()
     frequency_factors: Tensor | None = None
 
     def save_tokenizer(self, folder: Path) -> list[str]:
@@ -140,13 +142,13 @@ def _open_gguf(path: Path, max_context: int | None) -> Checkpoint:
     file = read_gguf(path)
     family = find_family(file.config.to_dict(), str(path))
     context = _check(file.config, str(path), max_context)
-    return Checkpoint(path, file.name, family, file.config, file.dtype, file.tensors, context, file.frequency_factors)
+    return Checkpoint(path, file.name, family, file.config, file.dtype, file.tensors, *context, file.frequency_factors)
 
 
-def _check(config: PreTrainedConfig, where: str, max_context: int | None) -> int:
-    """Refuse what HiP cannot represent; the longest context otherwise."""
+def _check(config: PreTrainedConfig, where: str, max_context: int | None) -> tuple[int, tuple[str, ...]]:
+    """Refuse what HiP cannot represent; see :func:`resolve_context`."""
     check_model(config, where)
-    return resolve_context(config, where, max_context, option="--max-context {}")
+    return resolve_context(config, where, max_context, option="--max-context {}", static=True)
 
 
 def _open_folder(path: Path, name: str, max_context: int | None) -> Checkpoint:
@@ -167,9 +169,9 @@ def _open_folder(path: Path, name: str, max_context: int | None) -> Checkpoint:
         raise
     except Exception as error:  # transformers' validation raises errors of many kinds
         raise CheckpointError(f"{where}: not a valid configuration ({_one_line(error)}).") from None
-    tensors = stored_tensors(path)
+    tensors = {family.renamed.get(name, name): tensor for name, tensor in stored_tensors(path).items()}
     _settle_tied(config, tensors)
-    return Checkpoint(path, name, family, config, _dtype(config, tensors), tensors, context)
+    return Checkpoint(path, name, family, config, _dtype(config, tensors), tensors, *context)
 
 
 def _read_config(path: Path, where: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
@@ -31,12 +31,14 @@ class Family:
         architecture: class name of the causal language model, as in the "architectures" field of config.json.
         model_type: its "model_type" in config.json.
         layers: where the model keeps its list of decoder layers.
+        renamed: parameters that checkpoints store under another name: their names by the stored ones.
         implementation: the class, if transformers does not have it under that name.
     """
 
     architecture: str
     model_type: str
     layers: str = "model.layers"
+    renamed: Mapping[str, str] = field(default_factory=dict, hash=False)
     implementation: type[PreTrainedModel] | None = None
 
     @property

@@ -24,6 +24,7 @@ from onnx_ir.passes.common import IdentityEliminationPass
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hip_trt import operator
 from hip_trt.config import HipConfig
@@ -153,10 +154,16 @@ def parameter_shapes(family: Family, config: PreTrainedConfig) -> dict[str, tupl
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def buffers(family: Family, config: PreTrainedConfig) -> dict[str, Tensor]:
-    """Name and value of the constants that the architecture computes from its configuration, such as inv_freq."""
+def buffers(family: Family, config: PreTrainedConfig, max_context: int = 0) -> dict[str, Tensor]:
+    """Name and value of the constants that the architecture computes from its configuration, such as inv_freq.
+
+    Where these depend on the length of the sequence, they are those of ``max_context`` tokens.
+    """
     with init_empty_weights(include_buffers=False):
         model: nn.Module = family.model_class(config)
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "longrope":
+            module.inv_freq = ROPE_INIT_FUNCTIONS["longrope"](config, None, seq_len=max_context)[0]
     return dict(model.named_buffers())
 
 
@@ -240,7 +247,7 @@ def _trace(request: _Request, layers: int) -> Trace:
 
 
 def _hold_rope(model: nn.Module) -> None:
-    """Keep RoPE's frequencies as they are: up to the longest context they do not depend on the length."""
+    """Keep RoPE's frequencies as they are, at every length."""
     for module in model.modules():
         if getattr(module, "rope_type", None) in LIMITED_ROPE:
             module.rope_type = "default"  # type: ignore[assignment]
@@ -282,13 +289,18 @@ def _transpose_weights(graph: ir.Graph, weights: dict[str, Weight]) -> dict[str,
 def _name_nodes(model: ir.Model, constants: Container[str]) -> None:
     """Name nodes and their outputs by the module that they come from, and drop the exporter's notes on them.
 
-    Other constants than those named get numbers.
+    A node of which the exporter does not say it (a Split) comes from where its first input does. Other constants than
+    those named get numbers.
     """
     graph, counts = model.graph, Counter[str]()
     outputs = set(graph.outputs)
+    scope_of: dict[ir.Node | None, str] = {None: ""}
     for node in graph:
-        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         scope = next((name for name in reversed(scopes[:-1]) if name), "").removeprefix(_PREFIX)
+        if not scopes and node.inputs and node.inputs[0] is not None:
+            scope = scope_of[node.inputs[0].producer()]
+        scope_of[node] = scope
         name = f"{scope}/{node.op_type}" if scope else node.op_type
         counts[name] += 1
         node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"

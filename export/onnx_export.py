@@ -139,6 +139,7 @@ def export_onnx(
             made = [record.name for record in data if (stage.path / record.name).is_file()]
             names = [*side_files, *made, path.name]
             files = stage.publish(names, obsolete=_obsolete(path.stem, side_files))
+    warnings += checkpoint.differences
     for warning in warnings:
         steps.warn(warning)
     return ExportedModel(
@@ -221,7 +222,7 @@ def _save_side_files(checkpoint: Checkpoint, config: HipConfig, stage: Staging, 
 
 def _constants(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Buffers of the architecture, with RoPE's frequencies divided by what a GGUF file says."""
-    constants: dict[str, Tensor] = buffers(checkpoint.family, checkpoint.config)
+    constants: dict[str, Tensor] = buffers(checkpoint.family, checkpoint.config, checkpoint.max_context)
     if checkpoint.frequency_factors is not None:
         for name in constants:
             if _COMPUTED.fullmatch(name):

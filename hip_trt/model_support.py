@@ -46,11 +46,13 @@ class Limit:
 
     Attributes:
         tokens: the length.
-        what: what the model does beyond it, as a clause that follows the model's name.
+        what: what the model does beyond it, as a clause that follows "the model".
+        beyond: what an export for longer contexts does at every length instead; empty if there is no such thing.
     """
 
     tokens: int
     what: str
+    beyond: str = ""
 
 
 def heads(config: PreTrainedConfig, where: str) -> Heads:
@@ -132,17 +134,26 @@ def limits(config: PreTrainedConfig) -> Iterator[Limit]:
         case "longrope":
             original = int(config.rope_parameters["original_max_position_embeddings"])
             if original < context:
-                yield Limit(original, "changes RoPE's frequencies with the length (rope_type 'longrope')")
+                yield Limit(
+                    original, "changes RoPE's frequencies with the length (rope_type 'longrope')",
+                    "RoPE's long factors hold at every length",
+                )
 
 
-def resolve_context(config: PreTrainedConfig, where: str, max_context: int | None, *, option: str) -> int:
-    """The longest context that a model with HiP may be given, in tokens.
+def resolve_context(
+    config: PreTrainedConfig, where: str, max_context: int | None, *, option: str, static: bool
+) -> tuple[int, tuple[str, ...]]:
+    """The longest context that a model with HiP may be given.
 
     Args:
         config: the model's.
         where: the model's name or file, for messages.
-        max_context: what the user asks for; None for the model's own.
-        option: how the user asks for it, for messages: "--max-context {}".
+        max_context: what the user asks for, in tokens; None for the model's own.
+        option: how the user asks for it, for messages, such as "--max-context {}".
+        static: whether :attr:`Limit.beyond` can be done.
+
+    Returns:
+        The context in tokens, and in which ways the model then differs from transformers', a line each.
 
     Raises:
         CheckpointError: the model attends in another way at that length; the text says up to which length it does not.
@@ -151,13 +162,19 @@ def resolve_context(config: PreTrainedConfig, where: str, max_context: int | Non
     context: int = config.max_position_embeddings
     if max_context is not None and not 1 <= max_context <= context:
         raise ConfigError(f"max_context: {max_context} is not allowed; it must be from 1 to {context}.")
+    different: list[str] = []
     for limit in sorted(limits(config), key=lambda limit: limit.tokens):
-        if max_context is None or max_context > limit.tokens:
-            raise CheckpointError(
-                f"{where}: the model {limit.what}, which HiP does not support.",
-                f"Up to {limit.tokens} tokens this makes no difference: pass {option.format(limit.tokens)}.",
-            )
-    return context if max_context is None else max_context
+        held = limit.beyond if static else ""
+        if max_context is not None and (max_context <= limit.tokens or held):
+            if max_context > limit.tokens:
+                different.append(f"{where}: {held}; transformers takes others up to {limit.tokens} tokens.")
+            continue
+        raise CheckpointError(
+            f"{where}: the model {limit.what}, which HiP does not support.",
+            f"Up to {limit.tokens} tokens this makes no difference: pass {option.format(limit.tokens)}."
+            + (f" With {option.format(context)} {held}." if held else ""),
+        )
+    return context if max_context is None else max_context, tuple(different)
 
 
 def check_call(

@@ -2,7 +2,7 @@
 
 Kept from the published config.json: query heads per key/value head, head_dim, biases, norms, multipliers, RoPE and its
 parameters, windows, tied embeddings. Made small: layers, heads, hidden and intermediate size, vocabulary; context
-lengths where they are only a limit.
+lengths where they are only a limit. The first case of an architecture has four layers, of which three are traced.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 Change = Callable[[PreTrainedModel], None]
 
 _SIZES = {
-    "vocab_size": 97, "hidden_size": 192, "intermediate_size": 160, "num_hidden_layers": 2, "bos_token_id": 1,
+    "vocab_size": 97, "hidden_size": 192, "intermediate_size": 160, "num_hidden_layers": 4, "bos_token_id": 1,
     "eos_token_id": 2, "pad_token_id": None,
 }
 _LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
@@ -112,6 +112,7 @@ def _default_scaling(model: PreTrainedModel) -> None:
 
 CASES = (
     Case("Llama-2-7B", "LlamaForCausalLM", {
+        "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 256, "rms_norm_eps": 1e-5,
         "max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     }),
@@ -121,11 +122,13 @@ CASES = (
         "rope_parameters": {**_LLAMA3, "factor": 8.0, "original_max_position_embeddings": 64},
     }, {"RoPE scaling": _unscaled_rope}),
     Case("Llama-3.2-1B", "LlamaForCausalLM", {
+        "num_hidden_layers": 1,
         "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64, "rms_norm_eps": 1e-5,
         "max_position_embeddings": 131072, "tie_word_embeddings": True,
         "rope_parameters": {**_LLAMA3, "factor": 32.0, "original_max_position_embeddings": 64},
     }, {"RoPE scaling": _unscaled_rope}),
     Case("SmolLM2-135M", "LlamaForCausalLM", {
+        "num_hidden_layers": 1,
         "num_attention_heads": 3, "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192,
         "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
     }),
@@ -135,11 +138,13 @@ CASES = (
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     }, max_context=80),
     Case("Mistral-Nemo", "MistralForCausalLM", {
+        "num_hidden_layers": 1,
         "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 128, "hidden_size": 160, "rms_norm_eps": 1e-5,
         "max_position_embeddings": 131072, "sliding_window": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     }),
     Case("Qwen2-0.5B", "Qwen2ForCausalLM", {
+        "num_hidden_layers": 1,
         "num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 448, "max_position_embeddings": 131072,
         "use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 24, "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
@@ -155,12 +160,13 @@ CASES = (
         "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     }, {"query and key norm": _no_query_key_norm, "its weights": _plain_query_key_norm}),
     Case("SmolLM3-3B", "SmolLM3ForCausalLM", {
-        "num_attention_heads": 4, "num_key_value_heads": 1, "hidden_size": 512, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "hidden_size": 512,
         "max_position_embeddings": 65536, "use_sliding_window": False, "sliding_window": None,
         "no_rope_layers": [1, 1, 1, 0], "no_rope_layer_interval": 4, "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e6},
     }, {"layer without RoPE": _rope_everywhere}),
     Case("Phi-3-mini-4k", "Phi3ForCausalLM", {
+        "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 4096, "sliding_window": 80,
         "original_max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     }, max_context=80),

@@ -60,7 +60,9 @@ def patch(model: Model, config: HipConfig | None = None, *, max_context: int | N
     # Beyond its own context a model is the user's affair, unless it changes there.
     context = None
     if max_context is not None or any(limits(model.config)):
-        context = resolve_context(model.config, type(model).__name__, max_context, option="max_context={}")
+        context, _ = resolve_context(
+            model.config, type(model).__name__, max_context, option="max_context={}", static=False
+        )
     layers = model.config.num_hidden_layers
     if config.dense_layers and config.dense_layers[-1] >= layers:
         raise ConfigError(
