@@ -193,6 +193,107 @@ def test_tensorrt_builds_for_no_other_gpu(onnx_path: Path, tmp_path: Path, monke
     one_line(error, "NVIDIA H200 (9.0)", "8.9")
 
 
+# Plans without weights
+
+
+@pytest.fixture
+def beside(onnx_path: Path, tmp_path: Path) -> Path:
+    """The model in a folder of its own, where a plan without weights must stand too."""
+    for path in onnx_path.parent.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path / onnx_path.name
+
+
+MATRICES = ["embedding.weight", *(f"layers.{layer}.{part}_proj.weight" for layer in (0, 1) for part in "qkv"),
+            "lm_head.weight"]
+
+
+def test_stripped_plan_takes_its_matrices_as_inputs(built: Path, beside: Path) -> None:
+    plan = beside.with_name("engine.plan")
+    described = build_engine(beside, plan, compute_capabilities=["8.0", "8.9"], strip_weights=True)
+    assert described.weights == "bound"
+    assert sorted(tensor.name for tensor in described.bound) == sorted(MATRICES)
+    assert {tensor.name: (tensor.dtype, tensor.shape) for tensor in described.bound}["layers.1.k_proj.weight"] == (
+        "float16", (256, 128)
+    )
+    assert set(graph_shapes(tiny_spec())) == {tensor.name for tensor in described.inputs}
+    assert [file.name for file in described.model] == ["model.onnx", "model.onnx.data"]
+    assert described.compute_capabilities == ("8.0", "8.9")
+    assert verify_plan(plan) == described
+    assert read_sidecar(built).weights == "embedded"
+    data = beside.with_name("model.onnx.data").read_bytes()
+    weight = data[4096:8192]  # of random numbers: nowhere else by chance
+    assert weight in data
+    assert weight[:64] in built.read_bytes()
+    assert weight[:64] not in plan.read_bytes()
+
+
+def test_stripped_plan_is_as_small_however_large_the_model(tmp_path: Path) -> None:
+    sizes = []
+    for width in (64, 128):
+        path = tmp_path / f"{width}" / "model.onnx"
+        path.parent.mkdir()
+        save(tiny_model(tiny_spec(head_dim=width)), path)
+        plan = path.with_name("engine.plan")
+        sizes.append(build_engine(path, plan, compute_capabilities=["8.0"], strip_weights=True).plan.size)
+    assert abs(sizes[0] - sizes[1]) < 100_000
+
+
+def test_stripped_plan_must_stand_beside_its_model(onnx_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError) as error:
+        build_engine(onnx_path, tmp_path / "engine.plan", compute_capabilities=["8.0"], strip_weights=True)
+    one_line(error, "must stand beside it", f"--out {onnx_path.with_name('engine.plan')}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorrt_strips_by_itself(beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which needs a GPU: what it is asked for is seen here, and answered by an engine with weights."""
+    flavour = tensorrt_on_rtx(monkeypatch, HOPPER)
+    asked: list[Any] = []
+    original = engine._Build._config
+
+    def config(self: Any, cancelled: threading.Event) -> Any:
+        made = original(self, cancelled)
+        flags = [flavour.module.BuilderFlag.STRIP_PLAN, flavour.module.BuilderFlag.REFIT_IDENTICAL]
+        asked.extend(made.get_flag(flag) for flag in flags)
+        for flag in flags:
+            made.clear_flag(flag)
+        return made
+
+    monkeypatch.setattr(engine._Build, "_config", config)
+    described = build_engine(beside, beside.with_name("engine.plan"), runtime=flavour, strip_weights=True)
+    assert asked == [True, True]
+    assert (described.weights, described.bound) == ("refit", ())
+
+
+def test_weight_streaming(onnx_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = build_engine(
+        onnx_path, tmp_path / "engine.plan", compute_capabilities=["8.0"], weight_streaming=True
+    )
+    assert described.weight_streaming
+    with pytest.raises(EngineError) as error:
+        build_engine(onnx_path, tmp_path / "engine.plan", strip_weights=True, weight_streaming=True)
+    one_line(error, "not allowed with strip_weights", "--weight-streaming")
+    rtx = find_flavour("tensorrt-rtx")
+    module = types.ModuleType("tensorrt_rtx")
+    module.__dict__.update({**vars(rtx.module), "BuilderFlag": object})
+    older = Flavour("tensorrt-rtx", module)
+    with pytest.raises(EngineError) as error:
+        build_engine(onnx_path, tmp_path / "engine.plan", runtime=older, weight_streaming=True)
+    one_line(error, "does not offer it")
+
+
+def test_memory_is_checked_first(beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = beside.with_name("model.onnx.data").stat().st_size
+    monkeypatch.setattr(engine, "_free_memory", lambda: size)
+    with pytest.raises(EngineError) as error:
+        build_engine(beside, beside.with_name("engine.plan"), compute_capabilities=["8.0"])
+    one_line(error, "needs about", "of memory", "are free", "--strip-weights")
+    build_engine(beside, beside.with_name("engine.plan"), compute_capabilities=["8.0"], strip_weights=True)
+    monkeypatch.undo()
+    assert (engine._free_memory() or 0) > 1 << 20
+
+
 # Requests that are refused before any work
 
 

@@ -12,18 +12,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from oracle import OracleExecutor, tiny_llama
+from tiny_graph import save, tiny_model, tiny_spec
 from tiny_plan import LIMITS, sidecar, write_plan
 
+from hip_trt import library
 from hip_trt import operator as names
 from hip_trt.config import HipConfig
 from hip_trt.errors import EngineError, EnvironmentProblem, PluginError
+from hip_trt.onnx_file import read_onnx
 from hip_trt.runtime import Generator, Session
 from hip_trt.runtime import tensorrt as executor_module
-from hip_trt.runtime.tensorrt import TensorRTExecutor
-from hip_trt.sidecar import sidecar_path
+from hip_trt.runtime.tensorrt import TensorRTExecutor, read_weights, refit
+from hip_trt.sidecar import FileRecord, TensorRecord, sidecar_path
 from hip_trt.tensorrt_flavour import MessageLog
 
 HIP = HipConfig.create(
@@ -61,7 +66,7 @@ class FakeContext:
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.calls.append("address")
         self.addresses[name] = address
-        return name in self.engine.inputs or name in self.engine.outputs
+        return name in {*self.engine.inputs, *self.engine.outputs, *self.engine.weights}
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == FakeStream.handle
@@ -124,6 +129,7 @@ class FakeEngine:
             name(i) for i in layers
             for name in (names.present_key_name, names.present_value_name, names.present_nodes_name)
         )]
+        self.weights: set[str] = set()
         self.contexts: list[FakeContext] = []
         self.live: list[torch.Tensor] = []
         self.broken = self.no_context = False
@@ -285,4 +291,132 @@ def test_damaged_plan(oracle: OracleExecutor, tmp_path: Path) -> None:
         TensorRTExecutor.load(plan)
     sidecar_path(plan).unlink()
     with pytest.raises(EngineError, match=r"engine.plan.json is missing"):
+        TensorRTExecutor.load(plan)
+
+
+# Plans without weights
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tiny_model(tiny_spec()), tmp_path_factory.mktemp("model") / "model.onnx")
+
+
+@pytest.fixture
+def beside(model: Path, tmp_path: Path) -> Path:
+    for path in model.parent.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path / model.name
+
+
+def records(path: Path) -> tuple[FileRecord, ...]:
+    return tuple(FileRecord.of(file) for file in read_onnx(path).files)
+
+
+BOUND = (
+    TensorRecord(name="lm_head.weight", dtype="float16", shape=(256, 32)),
+    TensorRecord(name="layers.0.k_proj.weight", dtype="float16", shape=(256, 128)),
+)
+
+
+def test_bound_weights_are_those_of_the_file(beside: Path) -> None:
+    record = sidecar(tiny_spec(), weights="bound", bound=BOUND)
+    weights = read_weights(read_onnx(beside), record, torch.device("cpu"))
+    assert list(weights) == [tensor.name for tensor in BOUND]
+    expected = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(beside).graph.initializer}
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, torch.from_numpy(expected[name].copy()))
+    wrong = sidecar(tiny_spec(), bound=(BOUND[0].model_copy(update={"shape": (32, 256)}),))
+    with pytest.raises(EngineError, match=r"lm_head.weight has shape \[256, 32\], and engine.plan takes \[32, 256\]"):
+        read_weights(read_onnx(beside), wrong, torch.device("cpu"))
+    strange = sidecar(tiny_spec(), bound=(BOUND[0].model_copy(update={"name": "other.weight"}),))
+    with pytest.raises(EngineError, match=r"model\.onnx: the weight other\.weight is missing"):
+        read_weights(read_onnx(beside), strange, torch.device("cpu"))
+
+
+def test_weights_are_bound_to_every_context(oracle: OracleExecutor) -> None:
+    stream = FakeStream()
+    engine = FakeEngine(oracle, stream)
+    flavour: Any = FakeFlavour(engine.log)
+    weights = {"lm_head.weight": torch.zeros(4), "embedding.weight": torch.ones(4)}
+    engine.weights = set(weights)
+    executor = Recording(
+        engine, flavour, sidecar(oracle.spec), device=torch.device("cpu"), stream=stream, weights=weights
+    )
+    expected = [row.tokens for row in Generator(oracle).generate(PROMPTS, max_new_tokens=4)]
+    assert [row.tokens for row in Generator(executor).generate(PROMPTS, max_new_tokens=4)] == expected
+    assert len(engine.contexts) == 2
+    for context in engine.contexts:
+        for name, tensor in weights.items():
+            assert context.addresses[name] == tensor.data_ptr()
+    with pytest.raises(EngineError, match=r"strange\.weight: no such tensor"):
+        Recording(
+            engine, flavour, sidecar(oracle.spec), device=torch.device("cpu"), stream=stream,
+            weights={"strange.weight": torch.zeros(1)},
+        )
+
+
+class FakeRefitter:
+    """TensorRT's Refitter and OnnxParserRefitter: takes the weights that the model's file has."""
+
+    def __init__(self, engine: Any, logger: Any) -> None:
+        self.engine, self.done = engine, False
+
+    def refit_from_bytes(self, model: bytes, path: str) -> bool:
+        proto = onnx.ModelProto.FromString(model)
+        assert not proto.functions
+        onnx.load_external_data_for_model(proto, str(Path(path).parent))
+        self.engine.found = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+        return not self.get_missing_weights()
+
+    def get_missing_weights(self) -> list[str]:
+        return [name for name in self.engine.wanted if name not in self.engine.found]
+
+    def refit_cuda_engine(self) -> bool:
+        self.engine.refitted = True
+        return True
+
+
+@pytest.mark.parametrize("wanted", [("lm_head.weight",), ("lm_head.weight", "folded.weight")])
+def test_refit(beside: Path, wanted: tuple[str, ...]) -> None:
+    engine = SimpleNamespace(wanted=wanted, found={}, refitted=False)
+    flavour: Any = FakeFlavour(MessageLog())
+    flavour.logger = None
+    flavour.module = SimpleNamespace(
+        Refitter=FakeRefitter, OnnxParserRefitter=lambda refitter, logger: refitter
+    )
+    if len(wanted) > 1:
+        with pytest.raises(EngineError, match=r"cannot put its weights into the engine: the weights folded.weight are"):
+            refit(engine, flavour, read_onnx(beside))
+    else:
+        refit(engine, flavour, read_onnx(beside))
+    assert engine.refitted == (len(wanted) == 1)
+
+
+def test_streamed_weights_have_a_budget() -> None:
+    engine = SimpleNamespace(streamable_weights_size=100, get_weight_streaming_automatic_budget=lambda: 70)
+    executor_module._stream_weights(engine, None)
+    assert engine.weight_streaming_budget_v2 == 70
+    executor_module._stream_weights(engine, 0)
+    assert engine.weight_streaming_budget_v2 == 0
+    with pytest.raises(EngineError, match="weight_budget: 101 is not allowed; it must be from 0 to 100"):
+        executor_module._stream_weights(engine, 101)
+
+
+@pytest.mark.parametrize("kind", ["bound", "refit"])
+def test_stripped_plan_needs_its_model(beside: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Said before a GPU is asked for."""
+    plan = write_plan(beside.parent, tiny_spec(), weights=kind, model=records(beside), plugin_version=library.version())
+    monkeypatch.setattr(executor_module, "current_gpu", lambda: None)
+    with pytest.raises(EnvironmentProblem, match="needs a GPU"):
+        TensorRTExecutor.load(plan)
+    data = beside.with_name("model.onnx.data")
+    data.rename(beside.with_name("gone"))
+    with pytest.raises(EngineError, match=r"model\.onnx: its weights are missing"):
+        TensorRTExecutor.load(plan)
+    beside.write_bytes(beside.read_bytes()[:-1] + b"x")
+    with pytest.raises(EngineError, match=r"model\.onnx: changed since engine\.plan was built from it"):
+        TensorRTExecutor.load(plan)
+    beside.unlink()
+    with pytest.raises(EngineError, match=r"engine\.plan: built without its weights, which model\.onnx has"):
         TensorRTExecutor.load(plan)

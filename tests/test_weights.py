@@ -1,4 +1,4 @@
-"""Weights that stay in the checkpoint's files: where an exported model may find them, and what happens when they change."""
+"""Weights that stay in the checkpoint's files: where a model may find them, and what happens when they change."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_links_outlive_the_checkpoint(export: Exporter, checkpoint: Path, tmp_pa
 
 
 def test_hub_cache_of_links(export: Exporter, checkpoint: Path, tmp_path: Path) -> None:
-    """The cache's snapshots are links into another folder, which no runtime follows: the files themselves are linked."""
+    """The cache's snapshots are links into another folder, which no runtime follows: the files themselves get links."""
     blobs, snapshot = Path(shutil.copytree(checkpoint, tmp_path / "blobs")), tmp_path / "snapshot"
     snapshot.mkdir()
     for path in blobs.iterdir():
@@ -303,7 +303,9 @@ def test_moved_weights(export: Exporter, checkpoint: Path, tmp_path: Path) -> No
 # Paths that leave the folder
 
 
-@pytest.mark.parametrize("location", ["../secret.bin", "/etc/hostname", "sub/../../secret.bin", "link.bin", "door/secret.bin"])
+@pytest.mark.parametrize(
+    "location", ["../secret.bin", "/etc/hostname", "sub/../../secret.bin", "link.bin", "door/secret.bin"]
+)
 @pytest.mark.parametrize("place", ["initializer", "constant", "function"])
 def test_paths_that_leave_the_folder_are_refused(copied: ExportedModel, location: str, place: str) -> None:
     folder = copied.path.parent
@@ -315,7 +317,6 @@ def test_paths_that_leave_the_folder_are_refused(copied: ExportedModel, location
     if place != "initializer":
         node = onnx.helper.make_node("Constant", [], ["unused"], value=tensor)
         (model.graph if place == "constant" else model.functions[0]).node.append(node)
-        tensor = node.attribute[0].t
         tensor = (model.graph if place == "constant" else model.functions[0]).node[-1].attribute[0].t
     next(entry for entry in tensor.external_data if entry.key == "location").value = location
     copied.path.write_bytes(model.SerializeToString())
