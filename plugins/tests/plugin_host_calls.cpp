@@ -41,14 +41,15 @@ struct Tensor
     std::vector<int64_t> shape;
     Bytes bytes;
 
+    //! In bytes.
     size_t size() const
     {
-        size_t bytes = type == DataType::kHALF || type == DataType::kBF16 ? 2 : 4;
+        size_t size = type == DataType::kHALF || type == DataType::kBF16 ? 2 : 4;
         for (int64_t const dim : shape)
         {
-            bytes *= static_cast<size_t>(dim);
+            size *= static_cast<size_t>(dim);
         }
-        return bytes;
+        return size;
     }
 };
 
@@ -65,10 +66,16 @@ struct Call
         Geometry g;
         auto const& query = inputs[0].shape;
         auto const& pool = inputs[3].shape;
-        g.batch = query[0], g.queryHeads = query[1], g.newTokens = query[2], g.headDim = query[3];
-        g.pages = pool[0], g.kvHeads = pool[1], g.pageSize = pool[2];
+        g.batch = query[0];
+        g.queryHeads = query[1];
+        g.newTokens = query[2];
+        g.headDim = query[3];
+        g.pages = pool[0];
+        g.kvHeads = pool[1];
+        g.pageSize = pool[2];
         g.pageSlots = inputs[5].shape[1];
-        g.masks = inputs[8].shape[1], g.nodes = inputs[8].shape[2];
+        g.masks = inputs[8].shape[1];
+        g.nodes = inputs[8].shape[2];
         g.type = inputs[0].type;
         return g;
     }
@@ -79,6 +86,22 @@ Bytes readBytes(std::istream& in, size_t count)
     Bytes bytes(count);
     in.read(bytes.data(), static_cast<std::streamsize>(count));
     return bytes;
+}
+
+void setField(HostFields& fields, std::string const& type, std::string const& name, std::string const& value)
+{
+    if (type == "int")
+    {
+        fields.set(name, std::stoi(value));
+    }
+    else if (type == "float")
+    {
+        fields.set(name, std::stof(value));
+    }
+    else
+    {
+        fields.set(name, value);
+    }
 }
 
 //! The next call, or nothing at the end.
@@ -94,8 +117,7 @@ std::optional<Call> read(std::istream& in)
         {
             std::string value;
             std::getline(words, value);
-            type == "int" ? call.fields.set(name, std::stoi(value))
-                : type == "float" ? call.fields.set(name, std::stof(value)) : call.fields.set(name, value);
+            setField(call.fields, type, name, value);
         }
         else if (kind == "tensor")
         {

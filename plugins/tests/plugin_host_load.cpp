@@ -71,7 +71,8 @@ bool bind(void* handle, nvinfer1::IPluginCreatorInterface* creator, Library& lib
     library.handle = handle;
     library.version = symbol<decltype(&hipTrtVersion)>(handle, "hipTrtVersion");
     library.workspaceSize = symbol<decltype(&hipTrtWorkspaceSize)>(handle, "hipTrtWorkspaceSize");
-    if (!CHECK(creator != nullptr) || !CHECK_EQUAL(std::string{creator->getInterfaceInfo().kind}, "PLUGIN CREATOR_V3ONE"))
+    if (!CHECK(creator != nullptr)
+        || !CHECK_EQUAL(std::string{creator->getInterfaceInfo().kind}, "PLUGIN CREATOR_V3ONE"))
     {
         return false;
     }
