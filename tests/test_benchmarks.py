@@ -21,7 +21,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import kernel_decode  # noqa: E402
 import kernel_prefill  # noqa: E402
-from kernel_bench import dense, hip_attn, options, roofline  # noqa: E402
+from kernel_bench import dense, hip_attn, options, pages, roofline  # noqa: E402
 from kernel_bench.break_even import break_even  # noqa: E402
 from kernel_bench.checks import CheckError, Comparison, compare_dense  # noqa: E402
 from kernel_bench.decode_step import decode_steps  # noqa: E402
@@ -160,6 +160,7 @@ def test_break_even_is_interpolated_in_log_scale() -> None:
     ({1: 1.0, 2: 1.0}, {1: 2.0, 2: 2.0}, "below", 1),
     ({1: 3.0, 2: 3.0}, {1: 2.0, 2: 3.0}, "above", 2),
     ({1: 1.0, 2: 4.0, 4: 1.0, 8: 1.0}, {1: 2.0, 2: 2.0, 4: 2.0, 9: 1.0}, "at", 2 * 2**0.5),  # ahead, behind, ahead
+    ({1: 4.0, 2: 1.0, 4: 4.0, 8: 1.0}, {1: 2.0, 2: 2.0, 4: 2.0, 8: 2.0}, "at", 4 * 2**0.5),  # for good only at last
 ])
 def test_break_even_sides(ours: dict[int, float], theirs: dict[int, float], side: str, tokens: float) -> None:
     found = break_even(ours, theirs)
@@ -287,6 +288,15 @@ class Corrupted:
             tensor.flatten(0, -2)[-1].fill_(self._value)
 
 
+def test_choosing_too_few_is_found() -> None:
+    comparison = Comparison(rows=1)
+    comparison.agree(torch.tensor([1, 2]), torch.tensor([1, 2]))
+    comparison.require("two of two")
+    comparison.agree(torch.tensor([1, 2, 4]), torch.tensor([1, 2]))
+    with pytest.raises(CheckError, match="three of two"):
+        comparison.require("three of two")
+
+
 def prefill_call(library: Any) -> PrefillCall:
     return PrefillCall(library, SMALL, CONFIG, draw(SMALL, batch=1, queries=272, tokens=272, seed=1, device="cpu"))
 
@@ -307,9 +317,21 @@ def test_decode_is_checked(library: Library) -> None:
 
     searched = steps(library)
     assert len(searched) == 4
+    for index, step in enumerate(searched):
+        context = draw(SMALL, batch=2, queries=1, tokens=512, seed=3 + index, device="cpu")
+        assert torch.equal(step.inputs["query"], context.query)
+        for name in ("key", "value"):
+            held = pages.gather(step.inputs[f"past_{name}"], step.inputs["page_table"][1], 1, 512)
+            assert torch.equal(held, getattr(context, name)[1, 1].float())
     assert searched[0].check().agreed > 0
     searched[0].reuse()
+    assert int(searched[0].inputs["refresh_mask"]) == 0
+    assert int(searched[0].inputs["past_nodes"].min()) >= 0
     assert searched[0].check().agreed > 0
+    searched[0].inputs["past_nodes"][:] = torch.arange(CONFIG.decode_mask_blocks, dtype=torch.int32) + 2
+    before = searched[0].output.clone()
+    assert searched[0].check().agreed > 0  # other nodes: the reference starts from them too
+    assert not torch.equal(searched[0].output, before)
     with pytest.raises(CheckError):
         steps(Corrupted(library, "output", 0.5))[0].check()
 
