@@ -77,6 +77,8 @@ def check_shapes(stored: Mapping[str, StoredTensor], expected: Mapping[str, tupl
 def _shape_remedy(name: str) -> str:
     if "embed_tokens" in name or "lm_head" in name:
         return "The first number is vocab_size: check it in config.json."
+    if any(part in name for part in ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_norm", "k_norm")):
+        return "It follows from num_attention_heads, num_key_value_heads and head_dim: check them in config.json."
     return "Configuration and weights are of different models."
 
 
