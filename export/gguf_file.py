@@ -29,6 +29,7 @@ _LAYER_NAMES = {
 }
 _ROPE_FREQUENCIES = "rope_freqs.weight"
 _ALL_F32, _MOSTLY_BF16 = 0, 32  # general.file_type
+_ROWS_SIZE = 1 << 25  # bytes of float32 that are dequantized at a time
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,11 @@ def _open(path: Path) -> gguf.GGUFReader:
     try:
         return gguf.GGUFReader(path)
     except Exception as error:  # whatever a reader of damaged bytes stumbles over
+        if "is not a valid GGMLQuantizationType" in str(error):
+            raise CheckpointError(
+                f"{path}: a weight is quantized in a way that the gguf package here does not know ({error}).",
+                "Install a newer gguf package, or use a file in another quantization, such as Q8_0 or F16.",
+            ) from None
         raise CheckpointError(
             f"{path}: truncated or damaged: reading its {path.stat().st_size} bytes failed "
             f"({type(error).__name__}: {error}).",
@@ -183,9 +189,22 @@ def _dequantize(tensor: gguf.ReaderTensor, interleaved_heads: int | None) -> Ten
     and keys are put back in that order: ``interleaved_heads`` is how many heads they have.
     """
     raw = tensor.tensor_type in (gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32)
-    values = tensor.data if raw else gguf.dequantize(tensor.data, tensor.tensor_type)
+    values = np.array(tensor.data) if raw else _dequantize_rows(tensor)
     if interleaved_heads is not None:
         rows = values.shape[0]
         values = values.reshape(interleaved_heads, -1, 2, *values.shape[1:]).swapaxes(1, 2)
-        values = values.reshape(rows, *values.shape[3:])
-    return torch.from_numpy(np.array(values))
+        values = np.ascontiguousarray(values.reshape(rows, *values.shape[3:]))
+    return torch.from_numpy(values)
+
+
+def _dequantize_rows(tensor: gguf.ReaderTensor) -> np.ndarray[Any, Any]:
+    """In float32, a few rows at a time: gguf takes memory for several copies of what it is given."""
+    data = tensor.data
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+    if len(shape) < 2:
+        return np.ascontiguousarray(gguf.dequantize(data, tensor.tensor_type))
+    values = np.empty(shape, np.float32)
+    step = max(1, _ROWS_SIZE // (values.nbytes // shape[0]))
+    for start in range(0, shape[0], step):
+        values[start : start + step] = gguf.dequantize(data[start : start + step], tensor.tensor_type)
+    return values

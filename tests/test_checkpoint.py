@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from hip_trt.errors import CheckpointError
-from hip_trt.export import hub
+from hip_trt.export import gguf_file, hub
 from hip_trt.export.checkpoint import Checkpoint, open_checkpoint
 from hip_trt.export.graph import buffers, parameter_shapes
 from hip_trt.export.stored import check_shapes, convert
@@ -94,25 +94,67 @@ def test_tied_embeddings_follow_transformers(folder: Path, stored: str) -> None:
 KINDS = gguf.GGMLQuantizationType
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [
-    (KINDS.F32, torch.float16), (KINDS.F16, torch.float16), (KINDS.Q8_0, torch.float16), (KINDS.Q4_1, torch.float16),
-])
-def test_gguf_equals_what_transformers_reads(tmp_path: Path, kind: KINDS, dtype: torch.dtype) -> None:
-    model = tiny_llama(hidden_size=64, head_dim=16, intermediate_size=96)
+UNREADABLE = {
+    kind for kind in KINDS if kind.name in ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64", "Q1_0")
+}
+"""Types of which the gguf package, and so transformers, cannot make floats; none is a type of published weights."""
+
+
+@pytest.fixture
+def any_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let :func:`save_gguf` write every type: where gguf cannot quantize, blocks of random bytes, finite ones."""
+    original, random = gguf.quantize, np.random.default_rng(0)
+
+    def quantize(values: np.ndarray[Any, Any], kind: KINDS) -> np.ndarray[Any, Any]:
+        try:
+            return original(values, kind)
+        except NotImplementedError:
+            size, length = gguf.GGML_QUANT_SIZES[kind]
+            shape = (*values.shape[:-1], values.shape[-1] // size * length)
+            return random.integers(0, 60, shape, dtype=np.uint8)  # as float16 scales: below 1.1, never infinite
+
+    monkeypatch.setattr(gguf, "quantize", quantize)
+
+
+@pytest.mark.usefixtures("any_kind")
+@pytest.mark.parametrize("kind", sorted(UNREADABLE), ids=lambda kind: kind.name)
+def test_gguf_types_that_cannot_be_undone(tmp_path: Path, kind: KINDS) -> None:
+    path = save_gguf(tmp_path / "tiny.gguf", tiny_llama(num_hidden_layers=1, hidden_size=256), kind=kind)
+    fails(path, "tiny.gguf", f"quantized as {kind.name}", "Q8_0")
+
+
+@pytest.mark.usefixtures("any_kind")
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - UNREADABLE), ids=lambda kind: kind.name)
+def test_gguf_equals_what_transformers_reads(tmp_path: Path, kind: KINDS, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_file, "_ROWS_SIZE", 7 * 256 * 4)  # seven rows at a time
+    model = tiny_llama(hidden_size=256, head_dim=64, intermediate_size=512, num_hidden_layers=1)
     path = save_gguf(tmp_path / "tiny.gguf", model, kind=kind)
     checkpoint = open_checkpoint(path)
-    assert (checkpoint.name, checkpoint.dtype) == ("Tiny", dtype)
+    assert (checkpoint.name, checkpoint.dtype) == ("Tiny", torch.float16)
     expected = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
     for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                   "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "rope_parameters",
                   "tie_word_embeddings", "eos_token_id"):
         assert getattr(checkpoint.config, field) == getattr(expected.config, field), field
-    assert checkpoint.config.head_dim == 16
+    assert checkpoint.config.head_dim == 64
     for name, parameter in expected.named_parameters():
         loaded = checkpoint.tensors[name].load().float()
+        assert loaded.isfinite().all()
         torch.testing.assert_close(loaded, parameter.detach(), rtol=0, atol=0)
+    assert checkpoint.tensors["model.layers.0.mlp.down_proj.weight"].load().abs().max() > 0
     if kind == KINDS.F32:
         assert_holds(checkpoint, model)
+
+
+def test_gguf_type_of_the_future(tmp_path: Path) -> None:
+    path = save_gguf(tmp_path / "tiny.gguf", tiny_llama(num_hidden_layers=1))
+    content = bytearray(path.read_bytes())
+    name = b"blk.0.ffn_up.weight"
+    where = content.index(name) + len(name) + 4 + 2 * 8  # after the number of dimensions and their sizes
+    assert content[where : where + 4] == (0).to_bytes(4, "little")
+    content[where : where + 4] = (999).to_bytes(4, "little")
+    path.write_bytes(content)
+    fails(path, "does not know", "999", "newer gguf")
 
 
 @pytest.mark.parametrize(("file_type", "dtype"), [(0, torch.float32), (1, torch.float16), (32, torch.bfloat16)])
@@ -264,8 +306,70 @@ def test_missing_shard(sharded: Path) -> None:
     shards = sorted(sharded.glob("*.safetensors"))
     shards[1].unlink()
     fails(sharded, f"1 of {len(shards)} shards", shards[1].name)
-    (sharded / "model.safetensors.index.json").write_text("{}")
+
+
+def edit_index(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+def test_index_that_is_none(sharded: Path, content: str) -> None:
+    (sharded / "model.safetensors.index.json").write_text(content)
     fails(sharded, "model.safetensors.index.json", "not a valid index")
+
+
+def test_wrong_index(sharded: Path) -> None:
+    shards = sorted(path.name for path in sharded.glob("*.safetensors"))
+    name = "model.norm.weight"
+    home = next(shard for shard in shards if name in load_file(sharded / shard))
+    other = next(shard for shard in shards if shard != home)
+    edit_index(sharded, lambda held: held.update({name: other}))
+    fails(sharded, "index.json", f"the weight {name} is in {other}, which does not hold it; it is in {home}")
+    edit_index(sharded, lambda held: held.update({name: home, "model.norm.other": home}))
+    fails(sharded, f"the weight model.norm.other is in {home}, which does not hold it.")
+    edit_index(sharded, lambda held: held.update({"model.norm.other": "../model-00001.safetensors"}))
+    fails(sharded, "'../model-00001.safetensors', which is no file of this folder")
+
+
+def test_weight_in_two_shards(sharded: Path) -> None:
+    shards = sorted(sharded.glob("*.safetensors"))
+    name, tensor = next(iter(load_file(shards[0]).items()))
+    save_file({**load_file(shards[1]), name: tensor}, shards[1])
+    fails(sharded, f"the weight {name} is in both {shards[0].name} and {shards[1].name}")
+
+
+def edit_header(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+
+
+NORM, FIRST = "model.norm.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda header: header[NORM].update(data_offsets=[0, 128]), ("overlap", "damaged")),
+    (lambda header: header[NORM].update(shape=[33]), (f"{NORM} of shape [33] needs 132 bytes, and has 128",)),
+    (lambda header: header.pop(FIRST), ("belong to no weight",)),
+    (lambda header: header.pop(NORM), ("bytes after the last weight",)),
+    (lambda header: header[NORM].update(dtype="F8_E4M3"), (f"the weight {NORM} is stored as F8_E4M3", "bfloat16")),
+    (lambda header: header[NORM].update(data_offsets=[5, 1]), ("damaged",)),
+    (lambda header: header[NORM].pop("shape"), ("damaged", "KeyError")),
+], ids=["overlap", "size", "gap", "tail", "type", "backwards", "no shape"])
+def test_damaged_headers(folder: Path, change: Callable[[dict[str, Any]], Any], words: tuple[str, ...]) -> None:
+    edit_header(folder / "model.safetensors", change)
+    fails(folder, "model.safetensors", *words)
+
+
+def test_truncated_weights_are_named(folder: Path) -> None:
+    truncate(folder / "model.safetensors", lambda size: size - 1)
+    fails(folder, "truncated", f"{NORM} is not whole")
 
 
 def test_weights_that_do_not_fit(folder: Path) -> None:
