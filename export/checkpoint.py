@@ -21,7 +21,7 @@ from hip_trt.export.gguf_file import read_gguf
 from hip_trt.export.hub import fetch, looks_like_hub_id
 from hip_trt.export.safetensors_folder import stored_tensors
 from hip_trt.export.stored import StoredTensor
-from hip_trt.model_support import check_model, resolve_context
+from hip_trt.model_support import check_model, check_sizes, resolve_context
 from hip_trt.progress import Steps
 
 TOKENIZER_FILES = (
@@ -161,6 +161,7 @@ def _open_folder(path: Path, name: str, max_context: int | None) -> Checkpoint:
             f"{where}: the weights are quantized ({method}), which is not supported.",
             "Use the checkpoint in float16 or bfloat16 that it was made from, or a GGUF file.",
         )
+    check_sizes(fields.get, str(where))
     try:
         with _quiet():
             config = family.config_class.from_dict(fields)

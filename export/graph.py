@@ -28,7 +28,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hip_trt import operator
 from hip_trt.config import HipConfig
-from hip_trt.errors import ExportError
+from hip_trt.errors import ExportError, HipTrtError
 from hip_trt.export.families import Family
 from hip_trt.export.layers import LayerNames, find_pattern, layer_kinds, repeat_layers
 from hip_trt.model_support import LIMITED_ROPE, check_call, heads
@@ -226,11 +226,16 @@ def _trace(request: _Request, layers: int) -> Trace:
             ).eval()
             arguments, dynamic = _example(model_config, config, request.dtype)
         _hold_rope(causal_lm)
-        onnx_program = torch.onnx.export(
-            PagedCausalLM(causal_lm, config, request.logits, request.max_context), arguments, dynamic_shapes=dynamic,
-            dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
-            input_names=_input_names(layers), output_names=_output_names(layers),
-        )
+        try:
+            onnx_program = torch.onnx.export(
+                PagedCausalLM(causal_lm, config, request.logits, request.max_context), arguments,
+                dynamic_shapes=dynamic, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
+                input_names=_input_names(layers), output_names=_output_names(layers),
+            )
+        except Exception as error:  # PyTorch wraps what the traced model raises
+            if isinstance(error.__cause__, HipTrtError):
+                raise error.__cause__ from None
+            raise
         assert onnx_program is not None
         model = onnx_program.model
         first_name: dict[int, str] = {}
@@ -323,7 +328,7 @@ def _name_nodes(model: ir.Model, constants: Container[str]) -> None:
 def _example(model_config: PreTrainedConfig, config: HipConfig, dtype: torch.dtype) -> tuple[tuple[Any, ...], Any]:
     """Example arguments of the traced forward, and which of their dimensions are dynamic."""
     batch, sequence, pages, slots = 2, 3, 7, 5  # all different and above 1, so that none is taken for another
-    shape = heads(model_config, "configuration")
+    shape = heads(model_config)
     masks = config.num_masks(shape.query, shape.key_value)
     pool = (pages, shape.key_value, config.page_size, shape.size)
 

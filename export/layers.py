@@ -72,13 +72,17 @@ def layer_kinds(layers: Iterable[nn.Module]) -> list[Hashable]:
 
 
 def find_pattern(kinds: Sequence[Hashable]) -> Pattern:
-    """The shortest period of layers' kinds that the layers after the first ones follow to the end."""
+    """How layers of these kinds repeat to the end, in whole periods; of several ways, the one with least to trace."""
     count = len(kinds)
-    for period in range(1, count):
-        first = 1 + (count - 1) % period  # so that whole periods are left
-        if all(kinds[layer] == kinds[layer + period] for layer in range(first, count - period)):
-            return Pattern(first, period)
-    return Pattern(1, max(1, count))
+    patterns = (Pattern(first, period) for first in range(1, count) for period in range(1, count - first + 1))
+    return min(
+        (
+            pattern for pattern in patterns
+            if (count - pattern.first) % pattern.period == 0
+            and all(kinds[i] == kinds[i + pattern.period] for i in range(pattern.first, count - pattern.period))
+        ),
+        key=lambda pattern: pattern.traced, default=Pattern(1, 1),
+    )
 
 
 class Period:

@@ -154,7 +154,7 @@ def _check_choice(field: str, value: str | None, allowed: Sequence[str | None]) 
 
 
 def _spec(checkpoint: Checkpoint, config: HipConfig, dtype: DType | None, logits: Logits) -> ModelSpec:
-    model, shape = checkpoint.config, heads(checkpoint.config, str(checkpoint.path))
+    model, shape = checkpoint.config, heads(checkpoint.config)
     if config.dense_layers and config.dense_layers[-1] >= model.num_hidden_layers:
         raise ConfigError(
             f"dense_layers: {config.dense_layers[-1]} is not allowed; the model has layers 0 to "

@@ -28,6 +28,11 @@ _ATTENTION_TYPES = ("full_attention", "sliding_attention")
 _ATTENDS = "HiP attends causally to all tokens, by rotary position embedding or none, in decoder-only models."
 _ALIBI = ("bloom", "mpt")
 _PARTS = ("text_config", "vision_config", "audio_config")
+_SIZES = (
+    "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "vocab_size", "max_position_embeddings",
+)
+_DOWNLOAD = "Configuration and weights may be of different models: download it again."
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -55,22 +60,38 @@ class Limit:
     beyond: str = ""
 
 
-def heads(config: PreTrainedConfig, where: str) -> Heads:
-    """A model's heads; CheckpointError naming the field where the numbers contradict each other."""
-    query = _positive(config, "num_attention_heads", where)
-    key_value = _positive(config, "num_key_value_heads", where, query)
-    if query % key_value:
+def check_sizes(get: Callable[[str], Any], where: str) -> None:
+    """Refuse sizes that no model can have.
+
+    Args:
+        get: gives a field of the configuration by its name; None where there is no such field.
+        where: the model's name or file, for messages.
+
+    Raises:
+        CheckpointError: naming the field and its value.
+    """
+    for field in _SIZES:
+        value = get(field)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise CheckpointError(f"{where}: {field} is {value!r}; it must be a positive whole number.", _DOWNLOAD)
+    query, key_value = get("num_attention_heads"), get("num_key_value_heads")
+    if query and key_value and query % key_value:
         raise CheckpointError(
-            f"{where}: num_key_value_heads {key_value} does not divide num_attention_heads {query}.",
-            "Configuration and weights may be of different models: download it again.",
+            f"{where}: num_key_value_heads {key_value} does not divide num_attention_heads {query}.", _DOWNLOAD
         )
-    hidden = _positive(config, "hidden_size", where)
-    if getattr(config, "head_dim", None) is None and hidden % query:
+    hidden = get("hidden_size")
+    if query and hidden and get("head_dim") is None and hidden % query:
         raise CheckpointError(
             f"{where}: num_attention_heads {query} does not divide hidden_size {hidden}, and there is no head_dim.",
-            "Configuration and weights may be of different models: download it again.",
+            _DOWNLOAD,
         )
-    return Heads(query, key_value, _positive(config, "head_dim", where, hidden // query))
+
+
+def heads(config: PreTrainedConfig) -> Heads:
+    """A model's heads; its sizes are those that :func:`check_sizes` lets pass."""
+    query: int = config.num_attention_heads
+    key_value = getattr(config, "num_key_value_heads", None) or query
+    return Heads(query, key_value, getattr(config, "head_dim", None) or config.hidden_size // query)
 
 
 def check_model(config: PreTrainedConfig, where: str) -> None:
@@ -86,7 +107,6 @@ def check_model(config: PreTrainedConfig, where: str) -> None:
     found = unsupported(lambda field: getattr(config, field, None))
     if found is not None:
         raise CheckpointError(f"{where}: the model {found}, which HiP does not support.", _ATTENDS)
-    heads(config, where)
 
 
 def unsupported(get: Callable[[str], Any]) -> str | None:
@@ -208,11 +228,3 @@ def check_call(
 def _rope_type(get: Callable[[str], Any]) -> str:
     rope = get("rope_parameters") or get("rope_scaling") or {}
     return str(rope.get("rope_type", rope.get("type", "default"))) if isinstance(rope, dict) else "default"
-
-
-def _positive(config: PreTrainedConfig, field: str, where: str, default: int | None = None) -> int:
-    value = getattr(config, field, None)
-    value = default if value is None else value
-    if not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{where}: {field} is {value}; it must be a positive whole number.")
-    return value

@@ -59,7 +59,7 @@ def logits(model: PreTrainedModel, prompt: list[int]) -> Array:
 
 def assert_serves(path: Path, expected: Array, prompt: list[int]) -> None:
     """In ONNX Runtime: a prompt in two chunks, then one token at a time, against the logits of the whole."""
-    runner, done = GraphRunner(path, [list(range(6))]), 0
+    runner, done = GraphRunner(path, [list(range(8))]), 0
     for count in (45, len(prompt) - 49, 1, 1, 1, 1):
         actual = runner.step([prompt[done : done + count]])[0, 0]
         done += count
@@ -156,19 +156,24 @@ def test_pattern_of_real_models() -> None:
             return find_pattern(layer_kinds(model_class(config).model.layers))
 
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 9}
-    deep = {**sizes, "num_hidden_layers": 36}
+    deep = {**sizes, "num_hidden_layers": 36, "pad_token_id": None}
     assert pattern(LlamaForCausalLM, LlamaConfig(**deep)) == Pattern(1, 1)
     assert pattern(SmolLM3ForCausalLM, SmolLM3Config(**deep, num_key_value_heads=1)) == Pattern(4, 4)
     windows = Qwen2Config(**deep, num_key_value_heads=1, use_sliding_window=True, sliding_window=8, max_window_layers=9)
-    assert pattern(Qwen2ForCausalLM, windows).traced > 36
+    assert pattern(Qwen2ForCausalLM, windows) == Pattern(9, 1)
 
 
 @pytest.mark.parametrize(("kinds", "pattern"), [
-    ("a", Pattern(1, 1)), ("aa", Pattern(1, 1)), ("baaa", Pattern(1, 1)), ("aaab" * 3, Pattern(4, 4)),
-    ("abababa", Pattern(1, 2)), ("xabcabc", Pattern(1, 3)), ("aaaab", Pattern(1, 4)),
+    ("a", Pattern(1, 1)), ("aa", Pattern(1, 1)), ("aaa", Pattern(1, 1)), ("baaa", Pattern(1, 1)),
+    ("bbaaaa", Pattern(2, 1)), ("aaab" * 3, Pattern(4, 4)), ("abababa", Pattern(1, 2)), ("xabcabc", Pattern(1, 3)),
 ])
 def test_pattern(kinds: str, pattern: Pattern) -> None:
     assert find_pattern(kinds) == pattern
+
+
+@pytest.mark.parametrize("kinds", ["ab", "abcd", "aaaab", "abcabd"])
+def test_layers_without_pattern_are_all_traced(kinds: str) -> None:
+    assert find_pattern(kinds).traced >= len(kinds)
 
 
 # Up to which length windows and changing frequencies make no difference
@@ -213,7 +218,7 @@ def test_patched_model_refuses_what_lies_beyond() -> None:
 
 def test_window_wider_than_the_context_is_no_window(tmp_path: Path) -> None:
     fields = {**SMALL["Mistral"], "sliding_window": 4096, "max_position_embeddings": 4096}
-    with pytest.raises(CheckpointError, match="no model.safetensors"):  # all else is fine
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):  # all else is fine
         open_checkpoint(folder(tmp_path, fields))
 
 
@@ -264,7 +269,7 @@ def test_configuration_that_is_refused(tmp_path: Path, name: str, fields: dict[s
     ("FalconForCausalLM", {"model_type": "falcon", "alibi": True}, "ALiBi"),
     ("MixtralForCausalLM", {"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
     ("MambaForCausalLM", {"model_type": "mamba", "state_size": 16}, "state-space layers"),
-    ("LlavaForConditionalGeneration", {"model_type": "llava", "text_config": {}, "vision_config": {}}, "several models"),
+    ("LlavaForConditionalGeneration", {"model_type": "llava", "text_config": {}, "vision_config": {}}, "of several"),
     ("Lfm2ForCausalLM", {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, "conv"),
     ("StableLmForCausalLM", {"model_type": "stablelm"}, "docs/adding_a_family.md says how to add one"),
 ], ids=lambda value: value if isinstance(value, str) and value.endswith("LM") else "")
@@ -297,9 +302,9 @@ def test_context_beyond_the_model_is_refused(tmp_path: Path, max_context: int) -
     ({"num_key_value_heads": 8}, ["num_key_value_heads 8 does not divide num_attention_heads 4"]),
     ({"num_attention_heads": 0}, ["num_attention_heads"]),
     ({"num_key_value_heads": 0}, ["num_key_value_heads is 0"]),
-    ({"num_attention_heads": 5, "num_key_value_heads": 5}, ["number of attention heads (5)"]),
+    ({"num_attention_heads": 5, "num_key_value_heads": 5}, ["num_attention_heads 5 does not divide hidden_size 64"]),
     ({"head_dim": -8}, ["head_dim is -8"]),
-    ({"num_attention_heads": "four"}, ["num_attention_heads"]),
+    ({"num_attention_heads": "four"}, ["num_attention_heads is 'four'"]),
 ])
 def test_heads_that_cannot_be(tmp_path: Path, fields: dict[str, Any], words: list[str]) -> None:
     refused(tmp_path, {**SMALL["Llama"], **fields}, "config.json", *words)
@@ -352,7 +357,7 @@ def cli(*arguments: str | Path) -> Result:
 
 
 @pytest.fixture(autouse=True)
-def _only_known_families(monkeypatch: pytest.MonkeyPatch) -> None:
+def _forget_families(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
 
 
@@ -382,7 +387,8 @@ def test_family_is_added(tmp_path: Path) -> None:
         export_onnx(tmp_path / "model", tmp_path)
     register_family(PYTHIA)
     exported = export_onnx(tmp_path / "model", tmp_path, config=DENSE)
-    assert exported.warnings == (exported.warnings[0],)  # of the tokenizer that is not there; no weight is left over
+    (warning,) = exported.warnings
+    assert "tokenizer" in warning  # there is none here; no weight is left over
     assert_serves(exported.path, logits(model, tokens(80)), tokens(80))
 
 
