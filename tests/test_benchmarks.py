@@ -409,7 +409,7 @@ def test_absent_peers_are_not_run(tmp_path: Path) -> None:
     assert answers == [
         ("hip-attn 1.1", "not run: no site folder was given"),
         ("hip-attn 1.1, k 1024, key block 8", "not run: no site folder was given"),
-        ("hip-attn 1.2", "not run: no folder gone"),
+        ("hip-attn 1.2", "not run: no folder gone"), ("hip-attn 1.2, no statistics", "not run: no folder gone"),
     ]
 
 

@@ -42,12 +42,13 @@ def prefill(entry: Entry, request: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds of one prompt."""
     tokens = request["tokens"]
     query, key, value = prepare(draw(LLAMA_8B, batch=1, queries=tokens, tokens=tokens, seed=request["seed"]))
-    output, _ = entry(query, key, value)
+    call = entry.bind(query, key, value)
+    output, _ = call()
     error = _first_rows_error(output, query, key, value)
     del output
     if request["warm"]:
         return {"error": error}
-    return {"times": {"": single_calls(lambda: entry(query, key, value)).as_json()}, "error": error}
+    return {"times": {"": single_calls(call).as_json()}, "error": error}
 
 
 def decode(entry: Entry, request: dict[str, Any]) -> dict[str, Any]:
@@ -57,14 +58,14 @@ def decode(entry: Entry, request: dict[str, Any]) -> dict[str, Any]:
     sets = [prepare(draw(LLAMA_8B, batch=batch, queries=1, tokens=tokens, seed=request["seed"] + index))
             for index in range(count)]
     error = _last_token_error(entry, *sets[0])
-    masks = [entry(*tensors)[1] for tensors in sets]
-    entry(*sets[0], metadata=masks[0])
+    calls = [entry.bind(*tensors) for tensors in sets]
+    masks = [call()[1] for call in calls]
+    calls[0](masks[0])
     torch.cuda.synchronize()
     if request["warm"]:
         return {"error": error}
-    searched = [partial(entry, *tensors) for tensors in sets]
-    reused = [partial(entry, *tensors, metadata=mask) for tensors, mask in zip(sets, masks, strict=True)]
-    return {"times": {"searched": _step_time(searched).as_json(), "reused": _step_time(reused).as_json()},
+    reused = [partial(call, mask) for call, mask in zip(calls, masks, strict=True)]
+    return {"times": {"searched": _step_time(calls).as_json(), "reused": _step_time(reused).as_json()},
             "error": error}
 
 
@@ -93,7 +94,7 @@ def _last_token_error(entry: Entry, query: Tensor, key: Tensor, value: Tensor) -
     """Relative error of a query that is all for the newest token, which every mask holds."""
     group = query.shape[2] // key.shape[2]
     pointed = key[:, -1:].repeat_interleave(group, dim=2)
-    output, _ = entry(pointed, key, value)
+    output, _ = entry.bind(pointed, key, value)()
     expected = value[:, -1:].repeat_interleave(group, dim=2).float()
     return float((output.float() - expected).norm() / expected.norm())
 

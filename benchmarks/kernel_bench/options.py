@@ -32,7 +32,7 @@ def parse(description: str | None) -> argparse.Namespace:
                         help="longest length at which peers run too")
     parser.add_argument("--hip-attn-11", type=Path, metavar="SITE", help="folder with hip_attn and Triton 3.1")
     parser.add_argument("--hip-attn-12", type=Path, metavar="SITE", help="folder with hip_attn and Triton 3.4")
-    parser.add_argument("--compile-seconds", type=float, default=100, help="for hip-attn's kernels, all at once")
+    parser.add_argument("--compile-seconds", type=float, default=140, help="for hip-attn's kernels, all at once")
     parser.add_argument("--copy-rate", type=float, default=4.3e12, metavar="BYTES_PER_S",
                         help="device copy, read plus written; the default was measured on an H200")
     parser.add_argument("--matmul-rate", type=float, default=790e12, metavar="FLOP_PER_S",
