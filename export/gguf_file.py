@@ -1,4 +1,4 @@
-"""A Llama in a GGUF file: its configuration, and its weights, dequantized as they are read.
+"""A model in a GGUF file: its configuration, and its weights, dequantized as they are read.
 
 Names and meanings of the fields: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
@@ -14,18 +14,41 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from hip_trt.errors import CheckpointError
+from hip_trt.export.families import FAMILIES
 from hip_trt.export.stored import StoredTensor
 
+
+@dataclass(frozen=True)
+class _Architecture:
+    """What a GGUF architecture is in transformers.
+
+    Attributes:
+        name: of the class.
+        interleaved: whether RoPE turns neighbouring rows of a head, and not rows that stand half a head apart.
+        options: fields of the configuration for which there is a choice.
+    """
+
+    name: str
+    interleaved: bool = False
+    options: tuple[str, ...] = ()
+
+
+_ARCHITECTURES = {
+    "llama": _Architecture("LlamaForCausalLM", True, ("head_dim", "attention_bias", "mlp_bias")),  # Mistral's too
+    "qwen2": _Architecture("Qwen2ForCausalLM"),
+    "qwen3": _Architecture("Qwen3ForCausalLM", options=("head_dim", "attention_bias")),
+}
 _NAMES = {
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
 }
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }
 _ROPE_FREQUENCIES = "rope_freqs.weight"
 _ALL_F32, _MOSTLY_BF16 = 0, 32  # general.file_type
@@ -33,7 +56,7 @@ _ROWS_SIZE = 1 << 25  # bytes of float32 that are dequantized at a time
 
 
 @dataclass(frozen=True)
-class GgufLlama:
+class GgufModel:
     """What a GGUF file holds.
 
     Attributes:
@@ -46,13 +69,13 @@ class GgufLlama:
     """
 
     name: str
-    config: LlamaConfig
+    config: PreTrainedConfig
     dtype: torch.dtype
     tensors: dict[str, StoredTensor]
     frequency_factors: Tensor | None
 
 
-def read_gguf(path: Path) -> GgufLlama:
+def read_gguf(path: Path) -> GgufModel:
     """Read a GGUF file's header; weights stay on disk.
 
     Raises:
@@ -61,10 +84,15 @@ def read_gguf(path: Path) -> GgufLlama:
     """
     reader = _open(path)
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
-    architecture = fields.get("general.architecture")
-    if architecture != "llama" or fields.get("llama.expert_count", 0):
-        what = "a mixture of experts" if architecture == "llama" else architecture
-        raise CheckpointError(f"{path}: the architecture is {what}, which cannot be exported.", "Supported: llama.")
+    kind = fields.get("general.architecture")
+    fields = {name.removeprefix(f"{kind}."): value for name, value in fields.items()}
+    if kind not in _ARCHITECTURES or fields.get("expert_count", 0):
+        what = "a mixture of experts" if kind in _ARCHITECTURES else kind
+        raise CheckpointError(
+            f"{path}: the architecture is {what}, which cannot be exported.",
+            f"Supported in GGUF files: {', '.join(_ARCHITECTURES)}. Others may be in Hugging Face format.",
+        )
+    architecture = _ARCHITECTURES[kind]
     if fields.get("split.count", 1) > 1:
         raise CheckpointError(
             f"{path}: one of {fields['split.count']} parts of a model.",
@@ -73,18 +101,18 @@ def read_gguf(path: Path) -> GgufLlama:
     stored = {tensor.name: tensor for tensor in reader.tensors}
     _check_types(path, reader.tensors)
     try:
-        config = _config(reader, fields, stored)
+        config = _config(architecture, reader, fields, stored)
     except KeyError as error:
         raise CheckpointError(f"{path}: it lacks {error}.", "The file is damaged, or of an older format.") from None
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its fields describe no Llama: {error}.") from None
+        raise CheckpointError(f"{path}: its fields describe no {kind}: {error}.") from None
     factors = stored.pop(_ROPE_FREQUENCIES, None)
     file_types: dict[Any, torch.dtype] = {_ALL_F32: torch.float32, _MOSTLY_BF16: torch.bfloat16}
-    return GgufLlama(
+    return GgufModel(
         name=fields.get("general.name", path.stem),
         config=config,
         dtype=file_types.get(fields.get("general.file_type"), torch.float16),
-        tensors={_hugging_face_name(name): _stored(tensor, config) for name, tensor in stored.items()},
+        tensors={_hugging_face_name(name): _stored(tensor, config, architecture) for name, tensor in stored.items()},
         frequency_factors=None if factors is None else _dequantize(factors, None),
     )
 
@@ -124,43 +152,47 @@ def _check_types(path: Path, tensors: list[gguf.ReaderTensor]) -> None:
             ) from None
 
 
-def _config(reader: gguf.GGUFReader, fields: dict[str, Any], stored: dict[str, Any]) -> LlamaConfig:
-    heads = fields["llama.attention.head_count"]
-    hidden_size = fields["llama.embedding_length"]
-    head_dim = fields.get("llama.attention.key_length", hidden_size // heads)
-    if fields.get("llama.rope.dimension_count", head_dim) != head_dim:
-        raise ValueError(f"RoPE turns {fields['llama.rope.dimension_count']} of {head_dim} head dimensions")
+def _config(
+    architecture: _Architecture, reader: gguf.GGUFReader, fields: dict[str, Any], stored: dict[str, Any]
+) -> PreTrainedConfig:
+    heads = fields["attention.head_count"]
+    hidden_size = fields["embedding_length"]
+    head_dim = fields.get("attention.key_length", hidden_size // heads)
+    if fields.get("rope.dimension_count", head_dim) != head_dim:
+        raise ValueError(f"RoPE turns {fields['rope.dimension_count']} of {head_dim} head dimensions")
     special = {
         f"{name}_token_id": reader.fields[key].contents() if (key := f"tokenizer.ggml.{full}_token_id") in reader.fields
         else None
         for name, full in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
+    options = {
+        "head_dim": head_dim, "attention_bias": "blk.0.attn_q.bias" in stored,
+        "mlp_bias": "blk.0.ffn_gate.bias" in stored,
+    }
+    return FAMILIES[architecture.name].config_class(
+        architectures=[architecture.name],
         vocab_size=int(stored["token_embd.weight"].shape[1]),
         hidden_size=hidden_size,
-        intermediate_size=fields["llama.feed_forward_length"],
-        num_hidden_layers=fields["llama.block_count"],
+        intermediate_size=fields["feed_forward_length"],
+        num_hidden_layers=fields["block_count"],
         num_attention_heads=heads,
-        num_key_value_heads=fields.get("llama.attention.head_count_kv", heads),
-        head_dim=head_dim,
-        rms_norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
-        max_position_embeddings=fields["llama.context_length"],
+        num_key_value_heads=fields.get("attention.head_count_kv", heads),
+        rms_norm_eps=fields["attention.layer_norm_rms_epsilon"],
+        max_position_embeddings=fields["context_length"],
         rope_parameters=_rope(fields),
         tie_word_embeddings="output.weight" not in stored,
-        attention_bias="blk.0.attn_q.bias" in stored,
-        mlp_bias="blk.0.ffn_gate.bias" in stored,
+        **{name: options[name] for name in architecture.options},
         **special,
     )
 
 
 def _rope(fields: dict[str, Any]) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_theta": fields.get("llama.rope.freq_base", 10000.0), "rope_type": "default"}
-    kind = fields.get("llama.rope.scaling.type", "none")
+    rope: dict[str, Any] = {"rope_theta": fields.get("rope.freq_base", 10000.0), "rope_type": "default"}
+    kind = fields.get("rope.scaling.type", "none")
     if kind != "none":
-        rope |= {"rope_type": kind, "factor": fields["llama.rope.scaling.factor"]}
+        rope |= {"rope_type": kind, "factor": fields["rope.scaling.factor"]}
     if kind == "yarn":
-        rope["original_max_position_embeddings"] = fields["llama.rope.scaling.original_context_length"]
+        rope["original_max_position_embeddings"] = fields["rope.scaling.original_context_length"]
     return rope
 
 
@@ -175,9 +207,10 @@ def _hugging_face_name(name: str) -> str:
     return name
 
 
-def _stored(tensor: gguf.ReaderTensor, config: LlamaConfig) -> StoredTensor:
+def _stored(tensor: gguf.ReaderTensor, config: PreTrainedConfig, architecture: _Architecture) -> StoredTensor:
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    interleaved = heads.get(tensor.name.split(".")[-2]) if tensor.name.startswith("blk.") else None
+    rotated = architecture.interleaved and tensor.name.startswith("blk.")
+    interleaved = heads.get(tensor.name.split(".")[-2]) if rotated else None
     shape = tuple(int(size) for size in reversed(tensor.shape))
     return StoredTensor(shape, partial(_dequantize, tensor, interleaved))
 

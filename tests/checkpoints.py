@@ -9,9 +9,12 @@ import gguf
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from hip_trt.model_support import heads
 
 VOCABULARY = 258
+_ARCHITECTURES = {"qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
 _TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
 
 
@@ -49,11 +52,11 @@ def save_checkpoint(folder: Path, model: LlamaForCausalLM | None = None, **optio
 
 
 def save_gguf(
-    path: Path, model: LlamaForCausalLM, *, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    path: Path, model: PreTrainedModel, *, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     architecture: str = "llama", extra: dict[str, np.ndarray[Any, Any]] | None = None,
     fields: dict[str, Any] | None = None,
 ) -> Path:
-    """Save a model as llama.cpp's converter does: matrices in ``kind``, queries and keys interleaved."""
+    """Save a model as llama.cpp's converter does: matrices in ``kind``, a Llama's queries and keys interleaved."""
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("Tiny")
@@ -65,18 +68,18 @@ def save_gguf(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(heads(config).size)
     writer.add_vocab_size(config.vocab_size)
     writer.add_eos_token_id(config.eos_token_id)
     for key, value in (fields or {}).items():
         (writer.add_string if isinstance(value, str) else writer.add_uint32 if isinstance(value, int)
          else writer.add_float32)(key, value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(_ARCHITECTURES.get(architecture, gguf.MODEL_ARCH.LLAMA), config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         values = parameter.detach().float().numpy()
-        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if part in name:
-                values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+        for part, count in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if part in name and architecture == "llama":
+                values = values.reshape(count, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
         module, _, suffix = name.rpartition(".")
         stored = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(f"{names.get_name(module)}.{suffix}", gguf.quantize(values, stored), raw_dtype=stored)

@@ -394,7 +394,7 @@ def test_truncated_gguf(tmp_path: Path, part: float) -> None:
 
 
 def test_gguf_that_is_no_llama(tmp_path: Path) -> None:
-    fails(save_gguf(tmp_path / "qwen.gguf", tiny_llama(), architecture="qwen2"), "qwen2")
+    fails(save_gguf(tmp_path / "gemma.gguf", tiny_llama(), architecture="gemma2"), "gemma2", "llama, qwen2, qwen3")
     fails(save_gguf(tmp_path / "moe.gguf", tiny_llama(), fields={"llama.expert_count": 8}), "mixture of experts")
     fails(save_gguf(tmp_path / "part.gguf", tiny_llama(), fields={"split.count": 3}), "3 parts", "--merge")
     path = tmp_path / "text.gguf"

@@ -13,10 +13,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from checkpoints import save_gguf
 from family_models import CASES, Case
 from graph_runner import GraphRunner
 from safetensors.torch import save_file
 from transformers import (
+    AutoModelForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -130,6 +132,25 @@ def test_what_is_special_shows(case: Case, special: str) -> None:
     changed, expected = case.model(), logits(case.model(), tokens(80))
     case.special[special](changed)
     assert np.abs(logits(changed, tokens(80))[44:] - expected[44:]).max() > 0.1
+
+
+@pytest.mark.parametrize(("name", "architecture"), [("Qwen2-0.5B", "qwen2"), ("Qwen3-0.6B", "qwen3")])
+def test_gguf(name: str, architecture: str, tmp_path: Path) -> None:
+    """Opened as transformers opens it, and as the model that was saved."""
+    model = CASE[name].model(num_hidden_layers=1)
+    fields = {"qwen3.attention.key_length": 128} if architecture == "qwen3" else {}
+    path = save_gguf(tmp_path / "tiny.gguf", model, architecture=architecture, fields=fields)
+    checkpoint = open_checkpoint(path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    assert type(theirs) is checkpoint.family.model_class is type(model)
+    parameters = dict(model.named_parameters())
+    assert set(checkpoint.tensors) == set(parameters)
+    for key, parameter in theirs.named_parameters():
+        torch.testing.assert_close(checkpoint.tensors[key].load(), parameters[key].detach(), rtol=0, atol=0)
+        torch.testing.assert_close(parameter.detach(), parameters[key].detach(), rtol=0, atol=0)
+    ours = type(model)(checkpoint.config).eval()
+    ours.load_state_dict(model.state_dict())
+    np.testing.assert_allclose(logits(ours, tokens(40)), logits(model, tokens(40)), rtol=0, atol=1e-4)
 
 
 # How layers repeat
