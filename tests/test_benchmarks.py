@@ -16,27 +16,27 @@ import pytest
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import kernel_decode
+import kernel_prefill
+from kernel_bench import dense, hip_attn, options, pages, roofline
+from kernel_bench.break_even import break_even
+from kernel_bench.checks import CheckError, Comparison, compare_dense
+from kernel_bench.decode_step import decode_steps
+from kernel_bench.geometry import LLAMA_8B, Geometry
+from kernel_bench.inputs import draw
+from kernel_bench.options import length
+from kernel_bench.prefill_call import PrefillCall
+from kernel_bench.report import Header, Report, markdown
+from kernel_bench.roofline import Rates
+from kernel_bench.timing import Timing
+
+from hip_trt.config import HipConfig
+from hip_trt.library import Library
+from hip_trt.reference import Tree, select_blocks, tree
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import kernel_decode  # noqa: E402
-import kernel_prefill  # noqa: E402
-from kernel_bench import dense, hip_attn, options, pages, roofline  # noqa: E402
-from kernel_bench.break_even import break_even  # noqa: E402
-from kernel_bench.checks import CheckError, Comparison, compare_dense  # noqa: E402
-from kernel_bench.decode_step import decode_steps  # noqa: E402
-from kernel_bench.geometry import LLAMA_8B, Geometry  # noqa: E402
-from kernel_bench.inputs import draw  # noqa: E402
-from kernel_bench.options import length  # noqa: E402
-from kernel_bench.prefill_call import PrefillCall  # noqa: E402
-from kernel_bench.report import Header, Report, markdown  # noqa: E402
-from kernel_bench.roofline import Rates  # noqa: E402
-from kernel_bench.timing import Timing  # noqa: E402
-
-from hip_trt.config import HipConfig  # noqa: E402
-from hip_trt.library import Library  # noqa: E402
-from hip_trt.reference import Tree, select_blocks, tree  # noqa: E402
-
 SMALL = Geometry(query_heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16)
 CONFIG = HipConfig.create(
     mask_k=32, decode_mask_k=32, block_q=16, block_k=8, stride_q=4, branch=2, leaf_branch=2, page_size=16,
@@ -193,6 +193,7 @@ def test_report_is_written_as_results_come(tmp_path: Path) -> None:
     assert "| cuDNN / hip-trt | 0.5 | 1.2 | 11 |" in lines
     assert "| hip-attn 1.1 | failed | failed | failed |" in lines
     assert "| hip-trt: TFLOP, search + attention | 2 + 3 | 2 + 3 | 2 + 3 |" in lines
+    assert "| hip-trt: GB of device memory / gathered | 1 / 9 | 1 / 9 | 1 / 9 |" in lines
     assert "| hip-trt: of the limit | 1266% | 791% | 28% |" in lines  # 5 TFLOP at 790 TFLOP/s: 6.33 ms
     crossing = 4096 * 2 ** (1 / (1 + (0.2231 / 0.6931)))
     assert f"- Break-even of hip-trt against cuDNN, batch 1: at about {crossing:,.0f} tokens." in lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,10 @@ def plot(content: Mapping[str, Any], path: Path) -> bool:
         Whether it was drawn: False without matplotlib.
     """
     try:
-        import matplotlib
+        import_module("matplotlib").use("Agg")
     except ImportError:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = import_module("matplotlib.pyplot")
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     lengths: set[int] = set()
     for column in (*content["dense"], *content["peers"], *content["ours"]):

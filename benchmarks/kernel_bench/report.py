@@ -94,10 +94,13 @@ def markdown(content: Mapping[str, Any]) -> str:
         for column in ours:
             ratios = [_ratio(row["times"].get(dense), row["times"].get(column)) for row in rows]
             lines.append(_line(f"{dense} / {column}", ratios))
+    flop, byte = ("TFLOP", "GB") if content["unit"] == "ms" else ("GFLOP", "MB")
     for column in ours:
         work = [row["work"].get(column) for row in rows]
-        lines.append(_line(f"{column}: TFLOP, search + attention", [_flops(entry) for entry in work]))
-        lines.append(_line(f"{column}: GB of device memory / gathered", [_bytes(entry) for entry in work]))
+        lines.append(_line(f"{column}: {flop}, search + attention",
+                           [_counts(entry, "search_flops", " + ", "attention_flops", flop) for entry in work]))
+        lines.append(_line(f"{column}: {byte} of device memory / gathered",
+                           [_counts(entry, "device_bytes", " / ", "gathered_bytes", byte) for entry in work]))
     for column in [*content["dense"], *ours]:
         lines.append(_line(f"{column}: of the limit", [_share(row, column) for row in rows]))
     return "\n".join([*lines, "", *_footer(content), ""])
@@ -175,12 +178,9 @@ def _ratio(above: Mapping[str, Any] | None, below: Mapping[str, Any] | None) -> 
     return f"{above['median'] / below['median']:.2g}"
 
 
-def _flops(work: Mapping[str, Any] | None) -> str:
-    return "" if work is None else f"{work['search_flops'] / 1e12:.3g} + {work['attention_flops'] / 1e12:.3g}"
-
-
-def _bytes(work: Mapping[str, Any] | None) -> str:
-    return "" if work is None else f"{work['device_bytes'] / 1e9:.3g} / {work['gathered_bytes'] / 1e9:.3g}"
+def _counts(work: Mapping[str, Any] | None, first: str, sign: str, second: str, unit: str) -> str:
+    scale = {"T": 1e12, "G": 1e9, "M": 1e6}[unit[0]]
+    return "" if work is None else f"{work[first] / scale:.2g}{sign}{work[second] / scale:.2g}"
 
 
 def _share(row: Mapping[str, Any], column: str) -> str:
