@@ -57,6 +57,8 @@ class Report:
     def time(self, column: str, tokens: int, batch: int, timing: Timing | Mapping[str, Any]) -> None:
         """Enter a timing; a mapping is one as JSON has it, or {"failed": reason}."""
         entry = timing.as_json() if isinstance(timing, Timing) else dict(timing)
+        if "failed" in entry:  # an exception's text may be long, and have lines
+            entry["failed"] = " ".join(str(entry["failed"]).split())[:300].rstrip(".")
         self._row(tokens, batch)["times"][column] = entry
         self.write()
 

@@ -88,9 +88,8 @@ def reused_blocks(config: HipConfig, sink: int, window: int, budget: int) -> int
     """Key blocks that a decode step scores that starts from nodes kept by an earlier one."""
     if window - sink <= budget or config.reuse_level == 0:
         return 0
-    if window - sink <= budget * config.leaf_branch:  # the search began at the leaves and kept no nodes
-        return window - sink
-    return (budget + 2) * config.leaf_branch
+    # Where a search begins at the leaves it keeps no nodes, and the next step scores all candidates again.
+    return min(window - sink, (budget + 2) * config.leaf_branch)
 
 
 def prefill(geometry: Geometry, config: HipConfig, tokens: int) -> Work:
