@@ -8,6 +8,7 @@ were at the export is in the .onnx file's metadata, and is checked whenever it i
 from __future__ import annotations
 
 import mmap
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -220,7 +221,7 @@ def map_weights(source: OnnxFile, names: Iterator[str] | tuple[str, ...]) -> Ite
         names: initializers that lie in external files.
 
     Yields:
-        Name and tensor, on the CPU, in the model's shape and type. A tensor keeps its mapping alive.
+        Name and tensor, on the CPU, in the model's shape and type, to be read only. It keeps its mapping alive.
 
     Raises:
         EngineError: the model has no such weight.
@@ -233,11 +234,13 @@ def map_weights(source: OnnxFile, names: Iterator[str] | tuple[str, ...]) -> Ite
         tensor, info = stored[name], ExternalDataInfo(stored[name])
         if info.location not in maps:
             with open(source.path.parent / info.location, "rb") as file:
-                maps[info.location] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # writable for torch's sake
+                maps[info.location] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         dtype = _DTYPES[tensor.data_type]
-        content = torch.frombuffer(
-            maps[info.location], dtype=torch.uint8, offset=info.offset or 0, count=info.length
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch has no tensors that cannot be written, and says so
+            content = torch.frombuffer(
+                maps[info.location], dtype=torch.uint8, offset=info.offset or 0, count=info.length or 0
+            )
         if content.data_ptr() % dtype.itemsize:
             content = content.clone()
         yield name, content.view(dtype).reshape(tuple(tensor.dims))

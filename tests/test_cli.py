@@ -21,6 +21,7 @@ from hip_trt.cli.app import app
 from hip_trt.cli.config_options import resolve_config, with_config_options
 from hip_trt.cli.console import Commands
 from hip_trt.config import HipConfig
+from hip_trt.export import ExportedModel
 from hip_trt.sidecar import read_sidecar, verify_plan
 
 SMALL = ["--mask-k", "64", "--decode-mask-k", "32", "--sink-tokens", "16", "--window-tokens", "32"]
@@ -170,20 +171,46 @@ def test_export_from_a_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     refused(run("export", "--model", out.with_name("model.onnx"), "--out", elsewhere), "tokenizer.json other than")
 
 
-def test_export_stops_at_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("placement", ["copied", "linked", "in place"])
+def test_export_stops_at_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: Any) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(
-        hip_trt.export, "export_onnx", lambda model, out, **options: seen.update(options, model=model, out=out)
-    )
+    data = tmp_path / "checkpoint" / "model.safetensors"
+    data.parent.mkdir()
+    data.write_bytes(bytes(1500))
+
+    def export_onnx(model: str, out: Path, **options: Any) -> ExportedModel:
+        seen.update(options, model=model, out=out)
+        return ExportedModel(out, (data, data), placement, tiny_spec(), (out,), ())
+
+    monkeypatch.setattr(hip_trt.export, "export_onnx", export_onnx)
     result = run("export", "--model", "org/name", "--out", tmp_path / "tiny.onnx", "--logits", "all", "--mask-k", "64",
-                 "--dtype", "bfloat16", "--allow-download")
+                 "--dtype", "bfloat16", "--allow-download", "--max-context", "100", "--copy-weights")
     assert result.exit_code == 0, result.output
-    assert str(tmp_path / "tiny.onnx") in result.stdout
+    for part in (str(tmp_path / "tiny.onnx"), "3.0 kB of weights", "checkpoint/model.safetensors and 1 more"):
+        assert part in result.stdout
+    assert {"copied": "copied to", "linked": "--copy-weights", "in place": "must stay"}[placement] in result.stdout
     del seen["steps"]
     assert seen == {
         "model": "org/name", "out": tmp_path / "tiny.onnx", "config": HipConfig.create(mask_k=64), "logits": "all",
-        "dtype": "bfloat16", "allow_download": True,
+        "dtype": "bfloat16", "allow_download": True, "max_context": 100, "copy_weights": True, "check": None,
     }
+
+
+def test_export_without_weights(checkpoint: Path, tmp_path: Path) -> None:
+    """Neither model nor engine holds any; inspect names the files that do."""
+    pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
+    plan = tmp_path / "engine.plan"
+    result = run("export", "--model", checkpoint, "--out", plan, "--compute-capability", "8.0", "--strip-weights",
+                 "--max-seq-len", "64", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "no weights, which stay with model.onnx" in result.stdout
+    assert verify_plan(plan).weights == "bound"
+    linked = [path for path in tmp_path.iterdir() if path.stat().st_nlink > 1]
+    assert len(linked) == 1
+    files = {file["name"] for file in json.loads(run("inspect", plan, "--json").stdout)["files"]}
+    assert files == {"engine.plan", "engine.plan.json", "model.onnx", linked[0].name}
+    refused(run("export", "--model", tmp_path / "model.onnx", "--out", tmp_path / "other" / "engine.plan",
+                "--strip-weights"), "must stand beside it")
 
 
 @pytest.mark.parametrize(("arguments", "parts"), [
@@ -195,6 +222,9 @@ def test_export_stops_at_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (["--model", "missing.onnx", "--out", "{}/x.plan"], ("missing.onnx: no such file",)),
     (["--model", "m.onnx", "--out", "{}/x.onnx"], ("m.onnx: exported already",)),
     (["--model", "m.onnx", "--out", "{}/x.plan", "--dtype", "float32"], ("--dtype: cannot be changed in m.onnx",)),
+    (["--model", "m.onnx", "--out", "{}/x.plan", "--copy-weights"], ("--copy-weights: cannot be changed in m.onnx",)),
+    (["--model", "missing", "--out", "{}/x.onnx", "--strip-weights"], ("--strip-weights: needs an engine", ".plan")),
+    (["--model", "missing", "--out", "{}/x.onnx", "--weight-streaming"], ("--weight-streaming: needs an engine",)),
     (["--model", "m.onnx", "--out", "{}/x.plan", "--block-k", "8"], ("--block-k: cannot be changed in m.onnx",)),
     (["--model", "m.onnx", "--out", "{}/x.plan", "--config", "c.yaml"], ("--config: cannot be changed in m.onnx",)),
 ])

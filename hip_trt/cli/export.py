@@ -247,15 +247,17 @@ def _report_model(model: ExportedModel) -> None:
     from hip_trt.files import format_size
 
     size = format_size(sum(path.stat().st_size for path in model.data))
-    names = f"{model.data[0].name}{f' and {len(model.data) - 1} more' if len(model.data) > 1 else ''}"
+    first, *others = (path.relative_to(model.path.parent).as_posix() for path in model.data)
+    names = f"{first}{f' and {len(others)} more' if others else ''}"
     weights = {
-        "copied": f"weights copied: {names}",
-        "linked": f"weights linked, not copied: {names} are the checkpoint's files under a second name; the Python "
-        "package onnx refuses such links, for which there is --copy-weights",
-        "in place": f"weights stay in the checkpoint's files, which must stay where they are: {names}",
+        "copied": f"copied to {names}",
+        "linked": f"linked, not copied: {names} are the checkpoint's own files under a second name (which the Python "
+        "package onnx refuses to read; --copy-weights makes files of the model's own)",
+        "in place": f"not copied: the model reads the checkpoint's own files, which must stay where they are, {names}",
     }[model.placement]
     out().print(
-        f"{model.path}: ONNX, for any runtime; {size} of {weights}", soft_wrap=True, highlight=False, markup=False
+        f"{model.path}: ONNX, for any runtime; {size} of weights {weights}", soft_wrap=True, highlight=False,
+        markup=False,
     )
 
 
