@@ -177,6 +177,7 @@ def filled_report(folder: Path) -> Report:
         report.time("hip-trt", tokens, 1, Timing.of([ours, ours * 2, ours / 2], "single calls"))
         report.time("cuDNN", tokens, 1, Timing.of([theirs], "single calls"))
         report.time("hip-attn 1.1", tokens, 1, {"failed": "took too\nlong."})
+    report.check("hip-attn 1.1", 8192, 1, {"error": None, "triton": "3.1.0"})
     report.check("hip-trt", 8192, 1, Comparison(64, 2e-3, 100, 99).as_json())
     report.write()
     return report
@@ -199,6 +200,7 @@ def test_report_is_written_as_results_come(tmp_path: Path) -> None:
     assert f"- Break-even of hip-trt against cuDNN, batch 1: at about {crossing:,.0f} tokens." in lines
     assert "- hip-attn 1.1 at 4k; 8k; 128k: took too long." in lines
     assert any("largest relative error 2.0e-03 over 64 rows, 99 of 100 chosen" in line for line in lines)
+    assert "- hip-attn 1.1, before timing: output is not finite; it ran with Triton 3.1.0." in lines
     assert lines[-1] == "- gpu some GPU."
 
 

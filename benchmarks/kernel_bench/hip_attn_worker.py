@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import traceback
@@ -80,23 +81,29 @@ def _step_time(steps: Sequence[Callable[[], Any]]) -> Timing:
     return milliseconds.scaled(1e3)
 
 
-def _first_rows_error(output: Tensor, query: Tensor, key: Tensor, value: Tensor) -> float:
+def _relative_error(output: Tensor, expected: Tensor) -> float | None:
+    """None where it is not finite, which JSON cannot say."""
+    error = float((output.float() - expected).norm() / expected.norm())
+    return error if math.isfinite(error) else None
+
+
+def _first_rows_error(output: Tensor, query: Tensor, key: Tensor, value: Tensor) -> float | None:
     """Relative error of rows so early that everything before them is in the window."""
+    if not bool(output.isfinite().all()):
+        return None
     logits = query[0, :CHECKED_ROWS, 0].float() @ key[0, :CHECKED_ROWS, 0].float().mT
     causal = torch.ones_like(logits, dtype=torch.bool).tril()
     expected = logits.masked_fill(~causal, float("-inf")).softmax(-1) @ value[0, :CHECKED_ROWS, 0].float()
-    if not bool(output.isfinite().all()):
-        return float("inf")
-    return float((output[0, :CHECKED_ROWS, 0].float() - expected).norm() / expected.norm())
+    return _relative_error(output[0, :CHECKED_ROWS, 0], expected)
 
 
-def _last_token_error(entry: Entry, query: Tensor, key: Tensor, value: Tensor) -> float:
+def _last_token_error(entry: Entry, query: Tensor, key: Tensor, value: Tensor) -> float | None:
     """Relative error of a query that is all for the newest token, which every mask holds."""
     group = query.shape[2] // key.shape[2]
     pointed = key[:, -1:].repeat_interleave(group, dim=2)
     output, _ = entry.bind(pointed, key, value)()
     expected = value[:, -1:].repeat_interleave(group, dim=2).float()
-    return float((output.float() - expected).norm() / expected.norm())
+    return _relative_error(output, expected)
 
 
 def main() -> None:

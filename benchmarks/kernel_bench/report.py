@@ -191,7 +191,8 @@ def _share(row: Mapping[str, Any], column: str) -> str:
 
 
 def _checks(results: Sequence[Mapping[str, Any]]) -> str:
-    text = f"largest relative error {max(result['error'] for result in results):.1e}"
+    errors = [result["error"] for result in results]
+    text = "output is not finite" if None in errors else f"largest relative error {max(errors):.1e}"
     if "chosen_blocks" in results[0]:
         rows, agreed, chosen = (sum(result[name] for result in results)
                                 for name in ("rows", "agreed_blocks", "chosen_blocks"))
