@@ -113,6 +113,9 @@ class Library:
                 ("hipTrtWorkspaceSize", ctypes.c_int, (
                     ctypes.POINTER(ConfigStruct), ctypes.POINTER(ShapeStruct), ctypes.POINTER(ctypes.c_size_t))),
                 ("hipTrtAttention", ctypes.c_int, (ctypes.POINTER(ParamsStruct), ctypes.c_void_p)),
+                ("hipTrtOffloadAttach", ctypes.c_int, (ctypes.c_void_p,)),
+                ("hipTrtOffloadDetach", ctypes.c_int, (ctypes.c_void_p,)),
+                ("hipTrtOffloadForget", ctypes.c_int, (ctypes.c_void_p, ctypes.c_void_p)),
             ):
                 function = getattr(self._functions, name)
                 function.restype, function.argtypes = result, arguments
@@ -235,6 +238,31 @@ class Library:
                     remedy = "Build hip-trt for this GPU: set HIP_TRT_CUDA_ARCHITECTURES=native and install it again."
             raise PluginError(f"HipAttention on {query.device}: {text}.", remedy)
         return tensors["output"], tensors["present_key"], tensors["present_value"], tensors["present_nodes"]
+
+    def attach_offload(self, offload: ctypes.Structure) -> None:
+        """Serve calls on pools in host memory through caches: see :class:`hip_trt.offload.BlockCaches`.
+
+        Raises:
+            PluginError: a pointer or size of the struct is not valid.
+        """
+        status = self._functions.hipTrtOffloadAttach(ctypes.byref(offload))
+        if status != 0:
+            raise PluginError(f"hipTrtOffloadAttach: {self._functions.hipTrtStatusText(status).decode()}.")
+
+    def detach_offload(self, key_pool: Tensor) -> None:
+        """Use a pool as plain memory from now on."""
+        self._functions.hipTrtOffloadDetach(key_pool.data_ptr())
+
+    def forget_offload(self, key_pool: Tensor) -> None:
+        """Empty the caches of a pool, on PyTorch's current stream.
+
+        Raises:
+            PluginError: the GPU refused.
+        """
+        with self._stream(key_pool.device) as stream:
+            status = self._functions.hipTrtOffloadForget(key_pool.data_ptr(), stream)
+        if status != 0:
+            raise PluginError(f"hipTrtOffloadForget: {self._functions.hipTrtStatusText(status).decode()}.")
 
     @contextmanager
     def _stream(self, device: torch.device) -> Iterator[int]:

@@ -23,11 +23,15 @@ constexpr int kMaxTableBytes = 28 * 1024;
 
 constexpr int kMaxClusterLog2 = 4; // 16 thread blocks, what compute capability 9.0 grants on request
 
-DecodeKernel findKernel(const Call& call)
+DecodeKernel findKernel(const Call& call, bool offloaded)
 {
-    const int head_dim = call.shape.head_dim;
-    return call.shape.type == HIP_TRT_FLOAT16 ? findDecodeKernel<__half>(head_dim, call.heads_per_mask)
-                                              : findDecodeKernel<__nv_bfloat16>(head_dim, call.heads_per_mask);
+    const int head_dim = call.shape.head_dim, heads = call.heads_per_mask;
+    if (call.shape.type == HIP_TRT_FLOAT16)
+    {
+        return offloaded ? findOffloadedDecodeKernel<__half>(head_dim, heads) : findDecodeKernel<__half>(head_dim, heads);
+    }
+    return offloaded ? findOffloadedDecodeKernel<__nv_bfloat16>(head_dim, heads)
+                     : findDecodeKernel<__nv_bfloat16>(head_dim, heads);
 }
 
 int roundUp(int value, int multiple)
@@ -180,7 +184,7 @@ cudaError_t clustersAtOnce(const Device& device, DecodeKernel kernel, const Deco
 }
 
 // The largest clusters that all run at once, or else the smallest that run at all.
-cudaError_t chooseCluster(const Device& device, const Call& call, int& cluster_log2)
+cudaError_t chooseCluster(const Device& device, const Call& call, DecodeKernel kernel, int& cluster_log2)
 {
     const int64_t needed = static_cast<int64_t>(call.shape.batch) * call.mask_heads;
     cluster_log2 = -1;
@@ -188,7 +192,7 @@ cudaError_t chooseCluster(const Device& device, const Call& call, int& cluster_l
     {
         const DecodeCall decode = describe(call, candidate);
         int clusters = 0;
-        const cudaError_t error = clustersAtOnce(device, findKernel(call), decode, clusters);
+        const cudaError_t error = clustersAtOnce(device, kernel, decode, clusters);
         if (error != cudaSuccess)
         {
             return error;
@@ -213,28 +217,34 @@ bool decodeClusterSupports(const Call& call)
     const int64_t rows = static_cast<int64_t>(shape.num_pages) * shape.num_kv_heads * call.config.page_size;
     Device device;
     if (shape.new_tokens != 1 || shape.type == HIP_TRT_FLOAT32 || (shape.head_dim != 64 && shape.head_dim != 128)
-        || call.config.block_k < 8 || call.config.stride_k != 1 || call.heads_per_mask > kMaxHeads || call.candidate_capacity > kMaxCandidates
-        || rows >= INT64_C(0xffffffff) || shape.batch > 65535 || currentDevice(device) != cudaSuccess || device.major < 9)
+        || call.config.block_k < 8 || call.config.stride_k != 1 || call.heads_per_mask > kMaxHeads
+        || call.candidate_capacity > kMaxCandidates || rows >= INT64_C(0xffffffff) || shape.batch > 65535
+        || currentDevice(device) != cudaSuccess || device.major < 9)
     {
         return false;
     }
     return describe(call, kMaxClusterLog2).layout.bytes <= device.max_shared_bytes;
 }
 
-cudaError_t launchDecodeCluster(const Call& call, cudaStream_t stream, int cluster_log2)
+cudaError_t launchDecodeCluster(
+    const Call& call, const HipTrtOffload* offload, cudaStream_t stream, int cluster_log2)
 {
+    const DecodeKernel kernel = findKernel(call, offload != nullptr);
     Device device;
     cudaError_t error = currentDevice(device);
     if (error == cudaSuccess && cluster_log2 < 0)
     {
-        error = chooseCluster(device, call, cluster_log2);
+        error = chooseCluster(device, call, kernel, cluster_log2);
     }
     if (error != cudaSuccess)
     {
         return error;
     }
-    const DecodeKernel kernel = findKernel(call);
-    const DecodeCall decode = describe(call, cluster_log2);
+    DecodeCall decode = describe(call, cluster_log2);
+    if (offload != nullptr)
+    {
+        decode.offload = *offload;
+    }
     int clusters = 0;
     error = clustersAtOnce(device, kernel, decode, clusters);
     if (error == cudaSuccess)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "call.cuh"
+#include "hip_offload.h"
 
 namespace hip_trt
 {
@@ -50,9 +51,10 @@ constexpr int kReciprocalShift = 18;
 // Floats between the heads of a partial result, so that lanes that store different heads use different banks.
 constexpr int kPartialPadding = 8;
 
-// What comes first in a thread block's shared memory: three barriers, then the nodes of the last exchange.
+// What comes first in a thread block's shared memory: three barriers, the nodes of the last exchange, and two block caches.
 constexpr int kBarrierBytes = 4 * sizeof(uint64_t);
-constexpr int kHeaderBytes = kBarrierBytes + 32;
+constexpr int kCachesAt = kBarrierBytes + 32;
+constexpr int kHeaderBytes = kCachesAt + 2 * 72;
 
 // Offsets into a thread block's shared memory.
 struct DecodeLayout
@@ -73,6 +75,7 @@ struct DecodeLayout
 struct DecodeCall
 {
     Call call;
+    HipTrtOffload offload; // where pools are in host memory
     Divisor page_size;
     Divisor level_size[kMaxLevels]; // blocks that a node of each level covers
     uint32_t branch_reciprocal;      // 2^kReciprocalShift over the width, rounded up
@@ -88,15 +91,19 @@ struct DecodeCall
 
 using DecodeKernel = void (*)(DecodeCall);
 
-// The kernel for a type, a head size of 64 or 128, and up to 16 query heads per mask.
+// The kernel for a type, a head size of 64 or 128, and up to 16 query heads per mask; for pools in GPU memory, and for
+// pools in host memory with caches.
 template <typename T>
 DecodeKernel findDecodeKernel(int head_dim, int heads_per_mask);
+template <typename T>
+DecodeKernel findOffloadedDecodeKernel(int head_dim, int heads_per_mask);
 
 // Whether this path computes a call: its configuration and shape, on the current device.
 bool decodeClusterSupports(const Call& call);
 
 // Launch it, cache update included, with 2^cluster_log2 thread blocks per sequence and mask head; by default as many as
-// the device holds at once.
-cudaError_t launchDecodeCluster(const Call& call, cudaStream_t stream, int cluster_log2 = -1);
+// the device holds at once. `offload`: what is attached to the pools, or nullptr.
+cudaError_t launchDecodeCluster(
+    const Call& call, const HipTrtOffload* offload, cudaStream_t stream, int cluster_log2 = -1);
 
 } // namespace hip_trt

@@ -2,7 +2,7 @@
 // the cluster.
 #pragma once
 
-#include "decode_cluster_common.cuh"
+#include "decode_cluster_pools.cuh"
 
 namespace hip_trt
 {
@@ -69,29 +69,28 @@ struct WarpAttention
         }
     }
 
-    // Add 16 keys: half 0 is tokens token[0] + 0 .. 7, half 1 tokens token[1] + 0 .. 7, in the pool from row[half] on.
+    // Add 16 keys: half 0 is tokens token[0] + 0 .. 7, half 1 tokens token[1] + 0 .. 7, whose rows `tile` has.
     // At least one is at or before `newest`. The newest token's row may not be in the pool yet, and rows after it are
     // undefined: it is read, from the call's input, in place of all of these, and their weights are 0. Keys go straight
     // to registers; values, which registers have no room for meanwhile, wait in `staged`, the warp's own.
+    template <typename Pools>
     __device__ __forceinline__ void add(const QueryOperand<T, D, HeadTiles>& query, const int (&token)[2],
-        const uint32_t (&row)[2], int newest, const T* new_key, const T* new_value, const T* keys, const T* values,
-        float scale_log2e, T* staged)
+        const typename Pools::Tile& tile, int newest, const T* new_key, const T* new_value, float scale_log2e, T* staged)
     {
         using Tile = StagedTile<T, D>;
         const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
-        const uint64_t from[2] = {static_cast<uint64_t>(row[0]) * D, static_cast<uint64_t>(row[1]) * D};
         __syncwarp(); // what was staged before has been read
         if (max(token[0], token[1]) + 8 <= newest)
         {
-            Tile::copy(staged, {values + from[0], values + from[1]});
+            Tile::copy(staged, {tile.value(0), tile.value(1)});
         }
         else
         {
             Tile::copyLines(staged, 16, [&](int line) {
                 // Not an index: that would put the arrays in memory.
                 const int first = line < 8 ? token[0] : token[1];
-                const uint64_t base = line < 8 ? from[0] : from[1];
-                return first + line % 8 >= newest ? new_value : values + base + line % 8 * D;
+                const T* const half = line < 8 ? tile.value(0) : tile.value(1);
+                return first + line % 8 >= newest ? new_value : half + line % 8 * D;
             });
         }
         commitCopies();
@@ -99,11 +98,11 @@ struct WarpAttention
 #pragma unroll
         for (int half = 0; half < 2; ++half)
         {
-            const T* const source = (token[half] + g >= newest ? new_key : keys + from[half] + g * D) + t * 8;
+            const T* const source = (token[half] + g >= newest ? new_key : tile.key(half) + g * D) + t * 8;
 #pragma unroll
             for (int j = 0; j < D / 32; ++j)
             {
-                k[half][j] = loadOnce(source + 32 * j);
+                k[half][j] = Pools::load(source + 32 * j);
             }
         }
         float logit[HeadTiles][4]; // of half e / 2, head 2t + e % 2
@@ -213,9 +212,9 @@ struct WarpAttention
 
 // Attend to this thread block's blocks; each warp leaves its sums in shared memory. Returns how many warps did. Begins
 // where the lists are complete, ends without a barrier.
-template <typename T, int D, int HeadTiles, typename Blocks>
+template <typename T, int D, int HeadTiles, typename Pools, typename Blocks>
 __device__ __forceinline__ int attendBlocks(const DecodeCall& decode, const DecodePlace& place,
-    const DecodeShared& shared, const PoolRows& rows, const Blocks& blocks, int newest)
+    const DecodeShared& shared, const PoolRows& rows, const Pools& pools, const Blocks& blocks, int newest)
 {
     constexpr int kWarps = kDecodeThreads / kWarpSize;
     const Call& call = decode.call;
@@ -253,8 +252,8 @@ __device__ __forceinline__ int attendBlocks(const DecodeCall& decode, const Deco
         }
         if (min(tokens[0], tokens[1]) <= newest)
         {
-            attention.add(query, tokens, from, newest, new_key, new_value, static_cast<const T*>(call.present_key),
-                static_cast<const T*>(call.present_value), decode.scale_log2e,
+            const typename Pools::Tile tile = pools.findTile(from, {tokens[0] <= newest, tokens[1] <= newest});
+            attention.template add<Pools>(query, tokens, tile, newest, new_key, new_value, decode.scale_log2e,
                 reinterpret_cast<T*>(shared.scratch(warp)));
         }
     }

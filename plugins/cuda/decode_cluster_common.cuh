@@ -6,6 +6,7 @@
 // keys and queries alike, straight from memory.
 #pragma once
 
+#include "block_cache.cuh"
 #include "decode_cluster.cuh"
 #include "decode_cluster_ptx.cuh"
 #include "warp_tile.cuh"
@@ -37,6 +38,8 @@ struct LevelNodes
     }
 };
 
+static_assert(kCachesAt + 2 * sizeof(BlockCache) == kHeaderBytes, "room for the caches");
+
 // Views of a thread block's shared memory. Addresses are computed where they are used: registers are scarcer.
 struct DecodeShared
 {
@@ -62,6 +65,12 @@ struct DecodeShared
     __device__ __forceinline__ LevelNodes* lastNodes() const
     {
         return at<LevelNodes>(kBarrierBytes);
+    }
+
+    // The caches of keys and of values, if pools are in host memory.
+    __device__ __forceinline__ BlockCache* caches() const
+    {
+        return at<BlockCache>(kCachesAt);
     }
 
     // One bit a candidate.

@@ -10,6 +10,8 @@
 #include "decode_cluster_search.cuh"
 #include "query_block.cuh"
 
+#include <new>
+
 namespace hip_trt
 {
 
@@ -55,7 +57,25 @@ __device__ __forceinline__ int chooseBlocks(const DecodeCall& decode, const Deco
     return min(decode.call.budget, nodes.count);
 }
 
-template <typename T, int D, int HeadTiles>
+// Count the events of this thread block's caches, and, once a call, the step. `caches`: nullptr in idle rows.
+__device__ __forceinline__ void report(const DecodeCall& decode, const BlockCache* caches)
+{
+    Owner* const counters = reinterpret_cast<Owner*>(decode.offload.counters);
+    if (caches != nullptr && threadIdx.x < 2 * HIP_TRT_CACHE_EVENTS)
+    {
+        const unsigned count = caches[threadIdx.x / HIP_TRT_CACHE_EVENTS].events[threadIdx.x % HIP_TRT_CACHE_EVENTS];
+        if (count != 0)
+        {
+            atomicAdd(counters + 1 + threadIdx.x, static_cast<Owner>(count));
+        }
+    }
+    if (threadIdx.x == 0 && blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0)
+    {
+        atomicAdd(counters, static_cast<Owner>(1));
+    }
+}
+
+template <typename T, int D, int HeadTiles, template <typename, int> typename Pools>
 __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
     decodeKernel(const __grid_constant__ DecodeCall decode)
 {
@@ -117,6 +137,12 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
     commitCopies();
     const QueryBlock block(call, place.b, 0);
     const bool refresh = *call.refresh_mask != 0;
+    uint32_t step = 0;
+    if constexpr (Pools<T, D>::kOffloaded)
+    {
+        step = static_cast<uint32_t>(loadCurrent(reinterpret_cast<const unsigned long long*>(decode.offload.counters)))
+            & 0x7fffffff;
+    }
     waitCopies<0>();
     __syncthreads();
     clusterWait();
@@ -140,14 +166,33 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
                 call.chosen_blocks[list + i] = -1;
             }
         }
+        if constexpr (Pools<T, D>::kOffloaded)
+        {
+            report(decode, nullptr);
+        }
         return;
     }
 
     const PoolRows rows{decode.table_entries > 0 ? shared.table() : global_table, decode.page_size,
         call.shape.num_kv_heads, place.kv_head};
-    if (place.rank == 0 && first_head % call.heads_per_kv == 0)
+    const uint32_t new_row = rows(block.last);
+    const bool appends = place.rank == 0 && first_head % call.heads_per_kv == 0;
+    if (appends)
     {
-        appendToken<T, D>(call, place, rows(block.last));
+        appendToken<T, D>(call, place, new_row);
+    }
+    const Pools<T, D> pools(decode, shared);
+    if constexpr (Pools<T, D>::kOffloaded)
+    {
+        if (threadIdx.x == 0)
+        {
+            const int64_t input = (static_cast<int64_t>(place.b) * call.shape.num_kv_heads + place.kv_head) * D;
+            new (shared.caches()) BlockCache(decode.offload.keys, call.present_key, call, step, new_row,
+                static_cast<const T*>(call.key) + input);
+            new (shared.caches() + 1) BlockCache(decode.offload.values, call.present_value, call, step, new_row,
+                static_cast<const T*>(call.value) + input);
+        }
+        __syncthreads();
     }
 
     // Chosen blocks: all of list 2, if reused as they are; if searched, the marked ones of this thread block's share of
@@ -219,7 +264,7 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
                     peerAddress(sharedAddress(shared.scoresReady(parity)), place.rank));
             }
             scoreNodes<T, D, HeadTiles>(
-                decode, place, shared, tree, rows, nodes, decode.level_size[level].divisor, parity);
+                decode, place, shared, tree, rows, pools, nodes, decode.level_size[level].divisor, parity);
             waitBarrier(shared.scoresReady(parity), exchange >> 1 & 1);
             const Asked asked = level == 0 ? Asked{place.rank, place.cluster_log2, place.share(nodes.count)}
                                            : Asked{0, 0, nodes.count};
@@ -271,11 +316,15 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
     }
     attended.fixed = place.share(attended.sink + last_block + 1 - attended.window);
     attended.count = attended.fixed + (searched < 0 ? place.share(listed_count) : marked_count);
-    const int warps = attendBlocks<T, D, HeadTiles>(decode, place, shared, rows, attended, block.last);
+    const int warps = attendBlocks<T, D, HeadTiles>(decode, place, shared, rows, pools, attended, block.last);
     __syncthreads();
     sendResults<D>(decode, place, shared, warps);
 
-    // What few callers ask for, while the results travel.
+    // While the results travel: copies of the new token's block, and what few callers ask for.
+    if (appends)
+    {
+        pools.append();
+    }
     const bool keep_chosen = searched >= 0 && !reuse && config.reuse_level == 0;
     if (place.rank == 0 && (keep_chosen || call.chosen_blocks != nullptr))
     {
@@ -312,18 +361,23 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
     {
         writeOutput<T, D, 4>(decode, place, shared);
     }
+    if constexpr (Pools<T, D>::kOffloaded)
+    {
+        __syncthreads();
+        report(decode, shared.caches());
+    }
 #endif
 }
 
-template <typename T>
-DecodeKernel findDecodeKernel(int head_dim, int heads_per_mask)
+template <typename T, template <typename, int> typename Pools>
+DecodeKernel decodeKernelOn(int head_dim, int heads_per_mask)
 {
     const bool wide = heads_per_mask > kHeadTile;
     if (head_dim == 64)
     {
-        return wide ? decodeKernel<T, 64, 2> : decodeKernel<T, 64, 1>;
+        return wide ? decodeKernel<T, 64, 2, Pools> : decodeKernel<T, 64, 1, Pools>;
     }
-    return wide ? decodeKernel<T, 128, 2> : decodeKernel<T, 128, 1>;
+    return wide ? decodeKernel<T, 128, 2, Pools> : decodeKernel<T, 128, 1, Pools>;
 }
 
 } // namespace hip_trt

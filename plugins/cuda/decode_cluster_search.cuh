@@ -1,7 +1,7 @@
 // The search of the decode kernel: scores, exchanged within the cluster, and the nodes to start from.
 #pragma once
 
-#include "decode_cluster_common.cuh"
+#include "decode_cluster_pools.cuh"
 #include "decode_cluster_select.cuh"
 #include "tree.cuh"
 
@@ -9,9 +9,9 @@ namespace hip_trt
 {
 
 // Score this thread block's share of the nodes, and store the scores into keys(parity) of every thread block.
-template <typename T, int D, int HeadTiles>
+template <typename T, int D, int HeadTiles, typename Pools>
 __device__ __forceinline__ void scoreNodes(const DecodeCall& decode, const DecodePlace& place, const DecodeShared& shared,
-    const Tree& tree, const PoolRows& rows, const LevelNodes& nodes, int blocks_per_node, int parity)
+    const Tree& tree, const PoolRows& rows, const Pools& pools, const LevelNodes& nodes, int blocks_per_node, int parity)
 {
     constexpr int kWarps = kDecodeThreads / kWarpSize;
     constexpr int kParts = 4; // of 8 rows, that a warp loads before it uses the first
@@ -22,7 +22,6 @@ __device__ __forceinline__ void scoreNodes(const DecodeCall& decode, const Decod
     const int nodes_log2 = max(0, kBatchLog2 - rows_log2), batches_log2 = max(0, rows_log2 - kBatchLog2);
     const int own = place.share(nodes.count);
     const int groups = (own + (1 << nodes_log2) - 1) >> nodes_log2;
-    const T* const pool = static_cast<const T*>(decode.call.present_key);
     // Which node of the batch a lane ends up with: lane bit 0 tells the upper rows from the lower, bit 1 odd parts from
     // even ones.
     const int scored = (nodes_log2 == 2 ? lane % 2 * 2 + lane / 2 % 2 : lane) & ((1 << nodes_log2) - 1);
@@ -30,33 +29,33 @@ __device__ __forceinline__ void scoreNodes(const DecodeCall& decode, const Decod
     const QueryOperand<T, D, HeadTiles> query(reinterpret_cast<const T*>(shared.queries()));
 
     const auto firstOf = [&](int batch) { return (warp + kWarps * (batch >> batches_log2)) << nodes_log2; };
-    // Where, in the pool, the node of this lane begins: lane i's is node i of the batch; past the last node, the last one.
+    // Where the node of this lane is: lane i's is node i of the batch; past the last node, the last one.
     const auto lookUp = [&](int batch) {
         const int node = min(firstOf(batch) + (lane & ((1 << nodes_log2) - 1)), own - 1);
-        return rows(tree.representative(nodes[place.dealt(node)], blocks_per_node) << rows_log2);
+        return pools.findKeys(
+            rows(tree.representative(nodes[place.dealt(node)], blocks_per_node) << rows_log2), nodes_log2);
     };
-    // Where line i of the batch, of 32, is: the rows as looked up for it.
-    const auto lineAt = [&](int batch, uint32_t row, int i) {
-        const uint32_t from = __shfl_sync(kFullWarp, row, i >> rows_log2);
-        return (static_cast<uint64_t>(from) + (((batch << kBatchLog2) + i) & ((1 << rows_log2) - 1))) * D;
+    // Line i of the batch, of 32, whose blocks were looked up.
+    const auto lineAt = [&](int batch, typename Pools::Block block, int i) {
+        return pools.keyRow(block, i >> rows_log2, ((batch << kBatchLog2) + i) & ((1 << rows_log2) - 1));
     };
     const int batches = (groups - warp + kWarps - 1) / kWarps << batches_log2;
 
     // Registers hold one batch; meanwhile the next one can come as far as the L2 cache. With few batches, what that costs
-    // in instructions is not worth it.
-    const bool look_ahead = batches > 4;
+    // in instructions is not worth it. From host memory nothing is fetched that may not be needed.
+    const bool look_ahead = !Pools::kOffloaded && batches > 4;
 
     float carried = -INFINITY;
-    uint32_t next_row = 0;
+    typename Pools::Block next_block{};
 #pragma unroll 1
     for (int batch = 0; batch < batches; ++batch)
     {
         const int first = firstOf(batch);
-        const uint32_t row = look_ahead && batch > 0 ? next_row : lookUp(batch);
+        const typename Pools::Block block = look_ahead && batch > 0 ? next_block : lookUp(batch);
         if (look_ahead && batch + 1 < batches)
         {
-            next_row = lookUp(batch + 1);
-            const T* const line = pool + lineAt(batch + 1, next_row, lane);
+            next_block = lookUp(batch + 1);
+            const T* const line = lineAt(batch + 1, next_block, lane);
 #pragma unroll
             for (int i = 0; i < D; i += kPrefetchBytes / static_cast<int>(sizeof(T)))
             {
@@ -67,11 +66,11 @@ __device__ __forceinline__ void scoreNodes(const DecodeCall& decode, const Decod
 #pragma unroll
         for (int part = 0; part < kParts; ++part)
         {
-            const T* const source = pool + t * 8 + lineAt(batch, row, 8 * part + g);
+            const T* const source = lineAt(batch, block, 8 * part + g) + t * 8;
 #pragma unroll
             for (int j = 0; j < D / 32; ++j)
             {
-                keys[part][j] = loadOnce(source + 32 * j);
+                keys[part][j] = Pools::load(source + 32 * j);
             }
         }
         float best[kParts];

@@ -3,6 +3,7 @@
 
 #include "decode_cluster.cuh"
 #include "kernels.cuh"
+#include "offload.cuh"
 #include "plan.cuh"
 #include "prefill_sm90.cuh"
 #include "validation.cuh"
@@ -32,7 +33,7 @@ cudaError_t search(const Call& call, cudaStream_t stream)
 #ifdef HIP_TRT_HOPPER
     if constexpr (sizeof(T) == 2)
     {
-        if (searchesOnHopper(call))
+        if (!call.host_pools && searchesOnHopper(call))
         {
             return searchPrefillSm90<T, D>(call, stream);
         }
@@ -47,13 +48,32 @@ cudaError_t attendChosen(const Call& call, cudaStream_t stream)
 #ifdef HIP_TRT_HOPPER
     if constexpr (sizeof(T) == 2)
     {
-        if (attendsOnHopper(call))
+        if (!call.host_pools && attendsOnHopper(call))
         {
             return attendPrefillSm90<T, D>(call, stream);
         }
     }
 #endif
     return attend<T, D>(call, stream);
+}
+
+// On pools in host memory: new rows are written there; the call goes on in the staging area, if that has room for it.
+cudaError_t moveToStaging(Call& call, const HipTrtOffload& offload, cudaStream_t stream)
+{
+    cudaError_t error = updateCache(call, stream);
+    if (error == cudaSuccess)
+    {
+        error = forgetWritten(call, offload, stream);
+    }
+    if (error != cudaSuccess || call.shape.new_tokens == 1 || !canStage(call, offload))
+    {
+        call.host_pools = true;
+        return error;
+    }
+    Call staged;
+    error = stagePages(call, offload, staged, stream);
+    call = staged;
+    return error;
 }
 
 template <typename T, int D>
@@ -78,11 +98,20 @@ cudaError_t runHeadDim(const Call& call, cudaStream_t stream)
                                                 : run<T, kLargeHeadDim>(call, stream);
 }
 
-cudaError_t runType(const Call& call, cudaStream_t stream)
+// `offload`: what is attached to the pools, or nullptr.
+cudaError_t runType(Call call, const HipTrtOffload* offload, cudaStream_t stream)
 {
     if (decodeClusterSupports(call))
     {
-        return launchDecodeCluster(call, stream);
+        return launchDecodeCluster(call, offload, stream);
+    }
+    if (offload != nullptr)
+    {
+        const cudaError_t error = moveToStaging(call, *offload, stream);
+        if (error != cudaSuccess)
+        {
+            return error;
+        }
     }
     switch (call.shape.type)
     {
@@ -120,7 +149,9 @@ const char* hipTrtStatusText(HipTrtStatus status)
     switch (status)
     {
     case HIP_TRT_SUCCESS: return "success";
-    case HIP_TRT_INVALID_ARGUMENT: return "an argument is out of range, or a pointer is missing or not 16-byte aligned";
+    case HIP_TRT_INVALID_ARGUMENT:
+        return "an argument is out of range, a pointer is missing or not 16-byte aligned, or pools that caches are attached "
+               "to are not both past and present";
     case HIP_TRT_UNSUPPORTED: return "no kernel computes this configuration";
     case HIP_TRT_WORKSPACE_TOO_SMALL: return "the workspace is smaller than hipTrtWorkspaceSize says";
     case HIP_TRT_CUDA_ERROR: return "a CUDA call failed";
@@ -165,6 +196,13 @@ HipTrtStatus hipTrtAttention(const HipTrtParams* params, cudaStream_t stream)
     {
         return HIP_TRT_WORKSPACE_TOO_SMALL;
     }
-    hip_trt::last_error = hip_trt::runType(hip_trt::makeCall(*params), stream);
+    const hip_trt::Call call = hip_trt::makeCall(*params);
+    HipTrtOffload offload;
+    const bool offloaded = hip_trt::findOffload(call, offload);
+    if (offloaded && (call.past_key != call.present_key || call.past_value != call.present_value))
+    {
+        return HIP_TRT_INVALID_ARGUMENT; // caches are copies of what these very pools hold
+    }
+    hip_trt::last_error = hip_trt::runType(call, offloaded ? &offload : nullptr, stream);
     return hip_trt::last_error == cudaSuccess ? HIP_TRT_SUCCESS : HIP_TRT_CUDA_ERROR;
 }

@@ -29,6 +29,24 @@ __device__ __forceinline__ void copyAsync16(void* shared, const void* global, bo
                  : "memory");
 }
 
+// What memory holds now: for what is written while the kernel runs.
+__device__ __forceinline__ uint4 loadCurrent(const void* address)
+{
+    uint4 value;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(address)
+                 : "memory");
+    return value;
+}
+
+__device__ __forceinline__ unsigned long long loadCurrent(const unsigned long long* address)
+{
+    unsigned long long value;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];\n" : "=l"(value) : "l"(address) : "memory");
+    return value;
+}
+
 // Close the group of copies that this thread started since the last call.
 __device__ __forceinline__ void commitCopies()
 {

@@ -293,6 +293,12 @@ int __syncthreads_and(int predicate)
     return __syncthreads_count(predicate) == static_cast<int>(emulation::block_size.x);
 }
 
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t)
+{
+    std::memset(memory, value, bytes);
+    return cudaSuccess;
+}
+
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t)
 {
     std::memcpy(to, from, bytes);

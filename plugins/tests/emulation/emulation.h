@@ -131,6 +131,11 @@ inline unsigned __funnelshift_lc(unsigned low, unsigned high, unsigned shift)
     return shift >= 32 ? low : static_cast<unsigned>(((static_cast<uint64_t>(high) << 32 | low) << shift) >> 32);
 }
 
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift)
+{
+    return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31));
+}
+
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector)
 {
     const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
@@ -149,6 +154,45 @@ inline unsigned atomicOr(unsigned* address, unsigned value)
     return old;
 }
 
+template <typename Value>
+Value atomicCAS(Value* address, Value expected, Value value)
+{
+    const Value old = *address;
+    if (old == expected)
+    {
+        *address = value;
+    }
+    return old;
+}
+
+template <typename Value>
+Value atomicExch(Value* address, Value value)
+{
+    const Value old = *address;
+    *address = value;
+    return old;
+}
+
+inline void __threadfence()
+{
+}
+
+inline int __any_sync(unsigned mask, int predicate)
+{
+    return __ballot_sync(mask, predicate) != 0;
+}
+
+inline int __reduce_max_sync(unsigned, int value)
+{
+    const int* const values = static_cast<const int*>(emulation::exchange(&value, sizeof(value)));
+    return *std::max_element(values, values + emulation::kWarpSize);
+}
+
+inline int __ffs(unsigned bits)
+{
+    return __builtin_ffs(static_cast<int>(bits));
+}
+
 inline int __popc(unsigned bits)
 {
     return __builtin_popcount(bits);
@@ -161,9 +205,10 @@ inline unsigned __float_as_uint(float value)
     return bits;
 }
 
-inline int atomicAdd(int* address, int value)
+template <typename Value>
+Value atomicAdd(Value* address, Value value)
 {
-    const int old = *address;
+    const Value old = *address;
     *address += value;
     return old;
 }
@@ -188,6 +233,16 @@ inline char* dynamicShared()
 inline void copyAsync16(void* shared, const void* global, bool valid)
 {
     emulation::startCopy(shared, global, valid, 16);
+}
+
+inline uint4 loadCurrent(const void* address)
+{
+    return *static_cast<const uint4*>(address);
+}
+
+inline unsigned long long loadCurrent(const unsigned long long* address)
+{
+    return *address;
 }
 
 inline void commitCopies()

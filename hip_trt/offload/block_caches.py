@@ -1,0 +1,183 @@
+"""Block caches of one layer: GPU memory in front of pools in host memory."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from hip_trt.config import HipConfig
+from hip_trt.errors import ConfigError
+from hip_trt.library import Library
+
+WAYS = 32
+"""HIP_TRT_CACHE_WAYS: blocks among which the least recently used one is replaced."""
+
+
+class _BlockCacheStruct(ctypes.Structure):
+    """HipTrtBlockCache."""
+
+    _fields_ = [("rows", ctypes.c_void_p), ("owners", ctypes.c_void_p), ("blocks", ctypes.c_int32)]
+
+
+class _OffloadStruct(ctypes.Structure):
+    """HipTrtOffload."""
+
+    _fields_ = [
+        ("key_pool", ctypes.c_void_p), ("value_pool", ctypes.c_void_p), ("keys", _BlockCacheStruct),
+        ("values", _BlockCacheStruct), ("counters", ctypes.c_void_p), ("staging_keys", ctypes.c_void_p),
+        ("staging_values", ctypes.c_void_p), ("staging_table", ctypes.c_void_p), ("staging_pages", ctypes.c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class CacheCounts:
+    """What happened in one cache, in blocks.
+
+    Attributes:
+        hits: found in GPU memory.
+        misses: read over the bus and placed in GPU memory.
+        evictions: misses that replaced another block.
+        bypasses: read over the bus and not placed, as the block's set was full of blocks in use.
+    """
+
+    hits: int
+    misses: int
+    evictions: int
+    bypasses: int
+
+    @property
+    def lookups(self) -> int:
+        return self.hits + self.misses + self.bypasses
+
+    @property
+    def transfers(self) -> int:
+        """Blocks read over the bus."""
+        return self.misses + self.bypasses
+
+    @property
+    def hit_ratio(self) -> float:
+        """Hits per lookup; 1 if there was none."""
+        return self.hits / self.lookups if self.lookups else 1.0
+
+    def __sub__(self, earlier: CacheCounts) -> CacheCounts:
+        return CacheCounts(*(getattr(self, field.name) - getattr(earlier, field.name) for field in fields(self)))
+
+    def __add__(self, other: CacheCounts) -> CacheCounts:
+        return CacheCounts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Staging:
+    """GPU memory that prefill attends from; layers share it, as one runs after the other.
+
+    Attributes:
+        keys, values: [pages, Hkv, page_size, D].
+        table: [pages] int32.
+    """
+
+    keys: Tensor
+    values: Tensor
+    table: Tensor
+
+    @classmethod
+    def allocate(cls, pool: Tensor, pages: int, device: torch.device) -> Staging:
+        """For pools like ``pool`` and calls of at most ``pages`` slots in their page tables (B times M)."""
+        shape = (pages, *pool.shape[1:])
+        keys, values = (torch.empty(shape, dtype=pool.dtype, device=device) for _ in range(2))
+        return cls(keys, values, torch.empty(pages, dtype=torch.int32, device=device))
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes + self.table.nbytes
+
+
+class BlockCaches:
+    """The caches of one layer's pools, attached until :meth:`detach`.
+
+    Args:
+        library: whose calls shall use them.
+        key_pool, value_pool: [P, Hkv, page_size, D], what calls pass as both past and present.
+        config: gives the size of a block.
+        key_blocks, value_blocks: sizes, in blocks of ``config.block_k`` rows; rounded down to a multiple of WAYS, and
+            to no more than the pool.
+        device: the GPU.
+        staging: shared by layers; None: prefill reads the pools over the bus.
+
+    Raises:
+        ConfigError: a size is negative.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        config: HipConfig,
+        *,
+        key_blocks: int,
+        value_blocks: int,
+        device: torch.device,
+        staging: Staging | None = None,
+    ) -> None:
+        if min(key_blocks, value_blocks) < 0:
+            raise ConfigError(f"cache of {min(key_blocks, value_blocks)} blocks: it must be 0 or more.")
+        pages, heads, page_size, head_dim = key_pool.shape
+        in_pool = pages * heads * page_size // config.block_k
+        self.block_bytes = config.block_k * head_dim * key_pool.element_size()
+        self.key_pool, self.value_pool, self.staging = key_pool, value_pool, staging
+        self._library = library
+        self._counters = torch.zeros(1 + 2 * len(fields(CacheCounts)), dtype=torch.int64, device=device)
+        self._memory = [self._allocate(min(blocks, -(-in_pool // WAYS) * WAYS), device)
+                        for blocks in (key_blocks, value_blocks)]
+        keys, values = (
+            _BlockCacheStruct(rows.data_ptr() if len(owners) else None, owners.data_ptr() if len(owners) else None,
+                              len(owners))
+            for rows, owners in self._memory
+        )
+        library.attach_offload(_OffloadStruct(
+            key_pool.data_ptr(), value_pool.data_ptr(), keys, values, self._counters.data_ptr(),
+            *((staging.keys.data_ptr(), staging.values.data_ptr(), staging.table.data_ptr(), len(staging.table))
+              if staging else (None, None, None, 0)),
+        ))
+
+    def _allocate(self, blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        blocks -= blocks % WAYS
+        return (torch.empty(blocks, self.block_bytes, dtype=torch.uint8, device=device),
+                torch.zeros(blocks, dtype=torch.int64, device=device))
+
+    @property
+    def nbytes(self) -> int:
+        """GPU memory of both caches, staging not counted."""
+        return self._counters.nbytes + sum(tensor.nbytes for pair in self._memory for tensor in pair)
+
+    @property
+    def key_blocks(self) -> int:
+        return len(self._memory[0][1])
+
+    @property
+    def value_blocks(self) -> int:
+        return len(self._memory[1][1])
+
+    def counts(self) -> tuple[CacheCounts, CacheCounts]:
+        """Of keys and of values, since the caches were made; waits for the GPU."""
+        numbers = [int(number) for number in self._counters[1:].tolist()]
+        half = len(numbers) // 2
+        return CacheCounts(*numbers[:half]), CacheCounts(*numbers[half:])
+
+    def forget(self) -> None:
+        """Empty both caches: for rows that were written by other means than the operator."""
+        self._library.forget_offload(self.key_pool)
+
+    def detach(self) -> None:
+        """Calls from now on use the pools as plain memory. Call before the pools or this object go away."""
+        self._library.detach_offload(self.key_pool)
+
+    def __enter__(self) -> BlockCaches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+

@@ -1,0 +1,7 @@
+#include "decode_cluster_kernel.cuh"
+
+template <>
+hip_trt::DecodeKernel hip_trt::findOffloadedDecodeKernel<__nv_bfloat16>(int head_dim, int heads_per_mask)
+{
+    return decodeKernelOn<__nv_bfloat16, OffloadedPools>(head_dim, heads_per_mask);
+}

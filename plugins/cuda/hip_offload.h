@@ -1,0 +1,72 @@
+/* KV cache in host memory, with what decode steps touch often kept in GPU memory.
+ *
+ * A pool of pages in page-locked host memory, mapped to the device, can be passed to hipTrtAttention like any other: that is
+ * correct, and as slow as the bus. Once caches are attached to it, calls on that pool use them. They are a matter of speed
+ * only: results are the same bits with caches of any size, and with none.
+ *
+ *   decode  (S = 1) Key blocks that are scored or attended, and value blocks that are attended, are looked up in the caches.
+ *           A block that is missing is read over the bus by the warp that needs it and placed in the cache, inside the step.
+ *   prefill (S > 1) The call attends from the staging area, GPU memory for one layer that all layers can share: committed
+ *           pages are copied there, and new rows are written both there and to the pools.
+ *
+ * All memory belongs to the caller. Attaching is thread-safe; kernels keep what was attached when they were launched or
+ * captured, so memory must stay until those have run.
+ */
+#ifndef HIP_TRT_HIP_OFFLOAD_H
+#define HIP_TRT_HIP_OFFLOAD_H
+
+#include "hip_attention.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Blocks of a cache among which the least recently used one is replaced. */
+#define HIP_TRT_CACHE_WAYS 32
+
+/* Key blocks, or value blocks, in GPU memory. */
+typedef struct HipTrtBlockCache
+{
+    void* rows;       /* [blocks, block_k, D] */
+    uint64_t* owners; /* [blocks]: which block of the pool each is a copy of, and when it was last used. Zeros at first */
+    int32_t blocks;   /* a multiple of HIP_TRT_CACHE_WAYS; 0: no cache */
+} HipTrtBlockCache;
+
+/* What a cache counts. */
+typedef enum HipTrtCacheEvent
+{
+    HIP_TRT_CACHE_HIT = 0,
+    HIP_TRT_CACHE_MISS = 1,     /* read over the bus and placed in the cache */
+    HIP_TRT_CACHE_EVICTION = 2, /* a miss that replaced another block */
+    HIP_TRT_CACHE_BYPASS = 3,   /* read over the bus and not placed: no room, or another warp was just placing it */
+    HIP_TRT_CACHE_EVENTS = 4
+} HipTrtCacheEvent;
+
+/* The pools of one layer in host memory, and the GPU memory that serves them. All pointers 16-byte aligned. */
+typedef struct HipTrtOffload
+{
+    const void* key_pool;   /* [P, Hkv, page_size, D]: what calls pass as both past_key and present_key */
+    const void* value_pool; /* likewise */
+    HipTrtBlockCache keys;
+    HipTrtBlockCache values;
+    uint64_t* counters;     /* [1 + 2 HIP_TRT_CACHE_EVENTS]: decode steps, then events of keys, then of values */
+    void* staging_keys;     /* [staging_pages, Hkv, page_size, D]; NULL: prefill reads the pools over the bus */
+    void* staging_values;   /* likewise */
+    int32_t* staging_table; /* [staging_pages] */
+    int32_t staging_pages;  /* used by calls of B pages_per_sequence slots or fewer */
+} HipTrtOffload;
+
+/* Serve calls on these pools from now on; replaces what was attached to key_pool before. */
+HIP_TRT_API HipTrtStatus hipTrtOffloadAttach(const HipTrtOffload* offload);
+
+/* Calls launched from now on use the pool as plain memory. Nothing happens if nothing is attached. */
+HIP_TRT_API HipTrtStatus hipTrtOffloadDetach(const void* key_pool);
+
+/* Empty both caches, in stream order: for a caller that writes to the pools by other means than hipTrtAttention. */
+HIP_TRT_API HipTrtStatus hipTrtOffloadForget(const void* key_pool, cudaStream_t stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* HIP_TRT_HIP_OFFLOAD_H */

@@ -1,0 +1,166 @@
+#include "offload.cuh"
+
+#include "block_cache.cuh"
+#include "launch.cuh"
+
+#include <map>
+#include <mutex>
+
+namespace hip_trt
+{
+
+namespace
+{
+
+constexpr int kThreads = 256;
+
+// What is attached, by key pool.
+std::mutex attached_mutex;
+std::map<const void*, HipTrtOffload> attached;
+
+bool validCache(const HipTrtBlockCache& cache)
+{
+    return cache.blocks == 0
+        || (cache.blocks > 0 && cache.blocks % HIP_TRT_CACHE_WAYS == 0 && cache.rows != nullptr && cache.owners != nullptr
+            && reinterpret_cast<uintptr_t>(cache.rows) % 16 == 0);
+}
+
+bool validStaging(const HipTrtOffload& offload)
+{
+    return offload.staging_pages == 0
+        || (offload.staging_pages > 0 && offload.staging_keys != nullptr && offload.staging_values != nullptr
+            && offload.staging_table != nullptr);
+}
+
+cudaError_t clearCache(const HipTrtBlockCache& cache, cudaStream_t stream)
+{
+    return cache.blocks == 0 ? cudaSuccess
+                             : cudaMemsetAsync(cache.owners, 0, cache.blocks * sizeof(uint64_t), stream);
+}
+
+// A warp per block of new rows and key/value head.
+__global__ void __launch_bounds__(kThreads)
+    forgetKernel(const __grid_constant__ Call call, const __grid_constant__ HipTrtOffload offload)
+{
+    const int b = blockIdx.y, block_k = call.config.block_k;
+    const int past = call.past_lengths[b], count = call.query_lengths[b];
+    const int item = blockIdx.x * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
+    const int head = item % call.shape.num_kv_heads;
+    const int block = (past >> call.block_k_log2) + item / call.shape.num_kv_heads;
+    if (count <= 0 || block * block_k >= past + count)
+    {
+        return;
+    }
+    const uint32_t in_pool
+        = static_cast<uint32_t>(PagedRows(call, b, head).row(block * block_k) >> call.block_k_log2);
+    BlockCache(offload.keys, call.present_key, call, 0, 0, nullptr).forget(in_pool);
+    BlockCache(offload.values, call.present_value, call, 0, 0, nullptr).forget(in_pool);
+}
+
+// A thread block per page slot and sequence.
+__global__ void __launch_bounds__(kThreads)
+    stageKernel(const __grid_constant__ Call call, const __grid_constant__ HipTrtOffload offload)
+{
+    const int slot = blockIdx.x, b = blockIdx.y;
+    const int64_t index = static_cast<int64_t>(b) * call.shape.pages_per_sequence + slot;
+    const int page = call.page_table[index];
+    if (threadIdx.x == 0)
+    {
+        offload.staging_table[index] = page < 0 ? -1 : static_cast<int>(index);
+    }
+    const int64_t first = static_cast<int64_t>(slot) * call.config.page_size;
+    if (page < 0 || first >= call.past_lengths[b] || call.query_lengths[b] <= 0)
+    {
+        return;
+    }
+    const int64_t chunks
+        = static_cast<int64_t>(call.shape.num_kv_heads) * call.config.page_size * call.row_bytes / sizeof(uint4);
+    for (int64_t i = threadIdx.x; i < chunks; i += kThreads)
+    {
+        static_cast<uint4*>(offload.staging_keys)[index * chunks + i]
+            = static_cast<const uint4*>(call.present_key)[page * chunks + i];
+        static_cast<uint4*>(offload.staging_values)[index * chunks + i]
+            = static_cast<const uint4*>(call.present_value)[page * chunks + i];
+    }
+}
+
+} // namespace
+
+bool findOffload(const Call& call, HipTrtOffload& offload)
+{
+    const std::lock_guard<std::mutex> lock(attached_mutex);
+    const auto found = attached.find(call.present_key);
+    if (found == attached.end() || found->second.value_pool != call.present_value)
+    {
+        return false;
+    }
+    offload = found->second;
+    return true;
+}
+
+cudaError_t forgetWritten(const Call& call, const HipTrtOffload& offload, cudaStream_t stream)
+{
+    // New rows touch one block more than they fill, if they begin inside one.
+    const int blocks = (call.shape.new_tokens + call.config.block_k - 1) / call.config.block_k + 1;
+    const int warps = kThreads / kWarpSize;
+    const unsigned grid = (static_cast<unsigned>(blocks) * call.shape.num_kv_heads + warps - 1) / warps;
+    return launch(forgetKernel, dim3(grid, call.shape.batch), kThreads, 0, stream, call, offload);
+}
+
+bool canStage(const Call& call, const HipTrtOffload& offload)
+{
+    return static_cast<int64_t>(call.shape.batch) * call.shape.pages_per_sequence <= offload.staging_pages;
+}
+
+cudaError_t stagePages(const Call& call, const HipTrtOffload& offload, Call& staged, cudaStream_t stream)
+{
+    staged = call;
+    staged.past_key = staged.present_key = offload.staging_keys;
+    staged.past_value = staged.present_value = offload.staging_values;
+    staged.page_table = offload.staging_table;
+    staged.shape.num_pages = offload.staging_pages;
+    return launch(stageKernel, dim3(call.shape.pages_per_sequence, call.shape.batch), kThreads, 0, stream, call, offload);
+}
+
+} // namespace hip_trt
+
+HipTrtStatus hipTrtOffloadAttach(const HipTrtOffload* offload)
+{
+    using namespace hip_trt;
+    if (offload->key_pool == nullptr || offload->value_pool == nullptr || offload->counters == nullptr
+        || !validCache(offload->keys) || !validCache(offload->values) || !validStaging(*offload))
+    {
+        return HIP_TRT_INVALID_ARGUMENT;
+    }
+    const std::lock_guard<std::mutex> lock(attached_mutex);
+    attached[offload->key_pool] = *offload;
+    return HIP_TRT_SUCCESS;
+}
+
+HipTrtStatus hipTrtOffloadDetach(const void* key_pool)
+{
+    const std::lock_guard<std::mutex> lock(hip_trt::attached_mutex);
+    hip_trt::attached.erase(key_pool);
+    return HIP_TRT_SUCCESS;
+}
+
+HipTrtStatus hipTrtOffloadForget(const void* key_pool, cudaStream_t stream)
+{
+    using namespace hip_trt;
+    HipTrtOffload offload;
+    {
+        const std::lock_guard<std::mutex> lock(attached_mutex);
+        const auto found = attached.find(key_pool);
+        if (found == attached.end())
+        {
+            return HIP_TRT_SUCCESS;
+        }
+        offload = found->second;
+    }
+    cudaError_t error = clearCache(offload.keys, stream);
+    if (error == cudaSuccess)
+    {
+        error = clearCache(offload.values, stream);
+    }
+    return error == cudaSuccess ? HIP_TRT_SUCCESS : HIP_TRT_CUDA_ERROR;
+}
