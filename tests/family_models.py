@@ -2,8 +2,8 @@
 
 Kept from the published config.json: query heads per key/value head, head_dim, biases, norms, multipliers, RoPE and its
 parameters, windows, tied embeddings. Made small: layers, heads, hidden and intermediate size, vocabulary; context
-lengths where they are only a limit. The first case of an architecture has four layers, of which three are traced;
-SmolLM 3 seven, of which five are, with every second and not every fourth layer without RoPE.
+lengths where they are only a limit. Most have four layers, of which three are traced; SmolLM 3 seven, of which five
+are, with every second and not every fourth layer without RoPE.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ CASES = (
         "max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     }),
     Case("Llama-3.1-8B", "LlamaForCausalLM", {
+        "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 128, "rms_norm_eps": 1e-5,
         "max_position_embeddings": 131072,
         "rope_parameters": {**_LLAMA3, "factor": 8.0, "original_max_position_embeddings": 64},
@@ -135,6 +136,7 @@ CASES = (
         "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
     }),
     Case("Mistral-7B-v0.1", "MistralForCausalLM", {
+        "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 128, "rms_norm_eps": 1e-5,
         "max_position_embeddings": 32768, "sliding_window": 80,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
