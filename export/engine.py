@@ -30,8 +30,9 @@ from hip_trt.progress import Steps
 from hip_trt.sidecar import FileRecord, PlanWeights, ProfileRecord, Sidecar, TensorRecord, sidecar_path
 from hip_trt.tensorrt_flavour import Flavour, MessageLog, RuntimeChoice, find_flavour, one_line
 
-_MEMORY_PER_WEIGHT: Final = 1.8
-"""Bytes of memory that TensorRT-RTX 1.7 takes for each byte of weights that it puts into a plan; measured."""
+_MEMORY_PER_WEIGHT: Final = 1.3
+"""Bytes of memory that TensorRT-RTX 1.7 takes for each byte of weights that it puts into a plan; measured. It also maps
+the weights' files, which the system takes back when it needs to."""
 
 
 def build_engine(
@@ -54,7 +55,7 @@ def build_engine(
     another folder than the model's, its tokenizer and configuration are copied beside them.
 
     TensorRT-RTX needs no GPU; ``tensorrt`` builds for the GPU of this machine. The weights are mapped, not read, and
-    the plan is written in pieces; TensorRT-RTX 1.7 itself takes memory for 1.8 times the weights. With
+    the plan is written in pieces; TensorRT-RTX 1.7 itself takes memory for 1.3 times the weights. With
     ``strip_weights`` it takes none for them: matrices become inputs of the engine, which the runtime binds to weights
     read from the model's own files. (TensorRT-RTX cannot strip a plan without a GPU; ``tensorrt``, which has one, does,
     and the runtime puts the weights back.)
@@ -395,11 +396,16 @@ class _Build:
 def _bind_matrices(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     """Make inputs of the model's matrices, in place, and return their shapes.
 
-    Vectors, such as the weights of norms, are small, and stay.
+    Vectors, such as the weights of norms, are small, and stay. So do quantized matrices: no input has four bits.
     """
     graph = model.graph
-    matrices = [tensor for tensor in graph.initializer if uses_external_data(tensor) and len(tensor.dims) > 1]
-    kept = [tensor for tensor in graph.initializer if not uses_external_data(tensor) or len(tensor.dims) < 2]
+    quantized = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.input}
+    matrices = [
+        tensor for tensor in graph.initializer
+        if uses_external_data(tensor) and len(tensor.dims) > 1 and tensor.name not in quantized
+    ]
+    bound = {tensor.name for tensor in matrices}
+    kept = [tensor for tensor in graph.initializer if tensor.name not in bound]
     del graph.initializer[:]
     graph.initializer.extend(kept)
     graph.input.extend(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import onnx_ir as ir
 from torch import Tensor
@@ -18,6 +18,8 @@ from hip_trt.errors import ConfigError, ExportError
 from hip_trt.export.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint
 from hip_trt.export.function import add_function
 from hip_trt.export.graph import buffers, parameter_shapes, trace
+from hip_trt.export.int4 import OPSET as INT4_OPSET
+from hip_trt.export.int4 import quantizer
 from hip_trt.export.stored import check_shapes
 from hip_trt.export.weights import Placement, data_name, link_name, plan_weights, write_weights
 from hip_trt.files import Staging, require_space, staging
@@ -27,6 +29,8 @@ from hip_trt.progress import Steps
 from hip_trt.spec import METADATA_KEY, DType, Logits, ModelSpec
 
 _SPARE = 64_000_000  # bytes: graph, tokenizer and padding, generously
+Quantization = Literal["int4"]
+
 _COMPUTED = re.compile(r".*rotary_emb\.inv_freq")  # follows from the configuration, though old checkpoints store it
 _HIP_CONFIG = "hip_config.yaml"
 _CHECKPOINTS = (
@@ -68,6 +72,7 @@ def export_onnx(
     logits: Logits = "last",
     max_context: int | None = None,
     copy_weights: bool = False,
+    quantize: Quantization | None = None,
     allow_download: bool = False,
     check: Callable[[ModelSpec], None] | None = None,
     steps: Steps | None = None,
@@ -92,6 +97,8 @@ def export_onnx(
         max_context: longest context that the exported model will be given, in tokens; by default the model's own. A
             model that attends in another way beyond some length (a sliding window) can be exported up to it.
         copy_weights: copy all weights, which makes a folder that is independent of the checkpoint.
+        quantize: "int4": weights of linear layers in four bits, rounded to nearest in blocks that share a scale; needs
+            NVIDIA Model Optimizer. Embeddings, logits and the KV cache keep their type.
         allow_download: whether a hub id that is not in the local Hugging Face cache may be fetched.
         check: called with the model's facts before any work; what it raises ends the export.
         steps: shows progress and warnings, and keeps times.
@@ -100,6 +107,7 @@ def export_onnx(
         CheckpointError: the checkpoint is missing, damaged, incomplete, or of a family that cannot be exported.
         ConfigError: ``config`` does not fit the model.
         ExportError: a wrong argument, a folder that cannot be written, or a full disk.
+        EnvironmentProblem: ``quantize`` asks for a package that is not installed.
 
     Example:
         >>> exported = export_onnx("SmolLM2-135M-Instruct", "build/model", dtype="float32")  # doctest: +SKIP
@@ -109,6 +117,9 @@ def export_onnx(
     steps, config = steps or Steps(), config or HipConfig.create()
     _check_choice("dtype", dtype, (None, *get_args(DType)))
     _check_choice("logits", logits, get_args(Logits))
+    _check_choice("quantize", quantize, (None, *get_args(Quantization)))
+    if quantize is not None:
+        quantizer()  # refuses now, if it must
     out = Path(out)
     path = out if out.suffix == ".onnx" else out / "model.onnx"
     if path.is_dir():
@@ -120,7 +131,8 @@ def export_onnx(
             check(spec)
         shapes = parameter_shapes(checkpoint.family, checkpoint.config)
         warnings = _check_checkpoint(checkpoint, shapes)
-        plan = plan_weights(checkpoint.tensors, shapes, spec.torch_dtype, stage, copy=copy_weights)
+        plan = plan_weights(checkpoint.tensors, shapes, spec.torch_dtype, stage, copy=copy_weights,
+                            quantize=quantize is not None)
         require_space(stage.target, plan.copied + _SPARE)
         if plan.warning:
             warnings.append(plan.warning)
@@ -132,6 +144,8 @@ def export_onnx(
                 checkpoint.family, checkpoint.config, config, dtype=spec.torch_dtype, logits=logits,
                 constants=_constants(checkpoint), max_context=checkpoint.max_context,
             )
+        if quantize is not None:
+            traced.model.opset_imports[""] = INT4_OPSET
         with steps.step("Write the weights" if plan.copied else "Checksum the weights", total=plan.work) as advance:
             data = write_weights(plan, checkpoint.tensors, traced, spec.torch_dtype, stage, path.stem, advance)
         with steps.step("Write the graph"):
@@ -247,5 +261,9 @@ def _serialize(model: ir.Model, spec: ModelSpec, data: tuple[WeightsFile, ...]) 
     model.metadata_props[WEIGHTS_KEY] = WEIGHTS_FILES.dump_json(data).decode()
     proto = ir.serde.serialize_model(model)
     add_function(proto)
+    for function in proto.functions:  # ONNX wants them of the graph's own version
+        for imported in function.opset_import:
+            if not imported.domain:
+                imported.version = model.opset_imports[""]
     content: bytes = proto.SerializeToString(deterministic=True)
     return content

@@ -20,8 +20,10 @@ from typing import Literal
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from hip_trt.export.graph import Trace
+from hip_trt.export.int4 import Int4Weight, quantized_parameters, quantized_size, quantizer
 from hip_trt.export.stored import Extent, StoredTensor, convert
 from hip_trt.files import Staging, sha256
 from hip_trt.onnx_file import NAME_DIGITS, WeightsFile
@@ -38,12 +40,14 @@ class WeightsPlan:
     Attributes:
         in_place: parameters that stay in the checkpoint's files, and where.
         files: those files: name in the model's folder, or None for a link, which is named when its checksum is known.
+        quantized: parameters that are written in four bits, and their blocks.
         copied: bytes that are copied.
         warning: why files that could stay are copied; empty if none is.
     """
 
     in_place: Mapping[str, Extent]
     files: Mapping[Path, str | None]
+    quantized: Mapping[str, int]
     copied: int
     warning: str = ""
 
@@ -62,7 +66,7 @@ class WeightsPlan:
 
 def plan_weights(
     tensors: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, stage: Staging, *,
-    copy: bool,
+    copy: bool, quantize: bool = False,
 ) -> WeightsPlan:
     """Decide which weights stay in the checkpoint's files.
 
@@ -72,10 +76,14 @@ def plan_weights(
         dtype: the model's type.
         stage: where the model is made. Links are made here at once, which shows whether they can be.
         copy: whether to copy everything.
+        quantize: whether to write the weights of linear layers in four bits; then the others are copied beside them.
     """
+    copy = copy or quantize
+    quantized = quantized_parameters(shapes) if quantize else {}
     extents = {name: tensors[name].extent for name in shapes}
     stay = {
-        name: extent for name, extent in extents.items() if extent is not None and extent.dtype == dtype and not copy
+        name: extent for name, extent in extents.items()
+        if extent is not None and extent.dtype == dtype and not copy
     }
     files: dict[Path, str | None] = {}
     warning = ""
@@ -91,8 +99,11 @@ def plan_weights(
         else:
             files[path] = None
     stay = {name: extent for name, extent in stay.items() if extent.path.resolve() in files}
-    copied = sum(math.prod(shape) for name, shape in shapes.items() if name not in stay) * dtype.itemsize
-    return WeightsPlan(stay, files, copied, warning)
+    copied = sum(
+        quantized_size(shape, quantized[name], dtype) if name in quantized else math.prod(shape) * dtype.itemsize
+        for name, shape in shapes.items() if name not in stay
+    )
+    return WeightsPlan(stay, files, quantized, copied, warning)
 
 
 def _link(stage: Staging, number: int) -> Path:
@@ -110,37 +121,65 @@ def write_weights(
     """
     records = {path: _settle(stage, stem, path, name, number, advance)
                for number, (path, name) in enumerate(plan.files.items())}
-    copied: dict[str, tuple[int, int]] = {}
-    digest, temporary = hashlib.sha256(), stage.path / "weights"
-    with open(temporary, "wb") as file, torch.no_grad():
+    graph = traced.model.graph
+    own = _OwnFile(stage, advance)
+    with own, torch.no_grad():
+        quantize = quantizer() if plan.quantized else None
         for name, weight in list(traced.weights.items()):
-            extent = plan.in_place.get(weight.parameter)
+            value, extent = graph.initializers[name], plan.in_place.get(weight.parameter)
             if extent is not None:
-                value = traced.model.graph.initializers[name]
                 if weight.transposed:
-                    value = _transpose_in_graph(traced.model.graph, value, weight.parameter)
+                    value = _transpose_in_graph(graph, value, weight.parameter)
                 _refer(value, records[extent.path.resolve()].name, extent.offset, extent.length, stage)
                 continue
-            tensor = convert(tensors[weight.parameter].load(), dtype, weight.parameter)
-            if weight.transposed:
-                tensor = tensor.t()
-            content = tensor.contiguous().view(torch.uint8).numpy().data
-            padding = bytes(-file.tell() % _ALIGNMENT)
-            for part in (padding, content):
-                file.write(part)
-                digest.update(part)
-            copied[name] = file.tell() - content.nbytes, content.nbytes
-            advance(content.nbytes)
-    if not copied:
-        temporary.unlink()
-        return tuple(records.values())
-    own = WeightsFile(
-        name=data_name(stem, digest.hexdigest()), size=temporary.stat().st_size, sha256=digest.hexdigest()
-    )
-    temporary.rename(stage.path / own.name)
-    for name, (offset, length) in copied.items():
-        _refer(traced.model.graph.initializers[name], own.name, offset, length, stage)
-    return (*records.values(), own)
+            tensor = tensors[weight.parameter].load()
+            if quantize and weight.transposed and weight.parameter in plan.quantized:
+                integers = quantize(tensor, plan.quantized[weight.parameter], dtype)
+                packed, scale = _dequantize_in_graph(graph, value, weight.parameter, integers)
+                own.add(packed, integers.packed)
+                own.add(scale, integers.scale)
+                continue
+            tensor = convert(tensor, dtype, weight.parameter)
+            own.add(value, tensor.t() if weight.transposed else tensor)
+    record = own.finish(stem)
+    return (*records.values(), *([record] if record else []))
+
+
+class _OwnFile:
+    """The file of the weights that are copied; one weight is in memory at a time."""
+
+    def __init__(self, stage: Staging, advance: Callable[[int], object]) -> None:
+        self.stage, self.advance = stage, advance
+        self.path, self.digest = stage.path / "weights", hashlib.sha256()
+        self.extents: list[tuple[ir.Value, int, int]] = []
+
+    def __enter__(self) -> None:
+        self.file = open(self.path, "wb")
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+    def add(self, value: ir.Value, tensor: Tensor) -> None:
+        """Write the value of an initializer."""
+        content = tensor.contiguous().view(torch.uint8).numpy().data
+        padding = bytes(-self.file.tell() % _ALIGNMENT)
+        for part in (padding, content):
+            self.file.write(part)
+            self.digest.update(part)
+        self.extents.append((value, self.file.tell() - content.nbytes, content.nbytes))
+        self.advance(content.nbytes)
+
+    def finish(self, stem: str) -> WeightsFile | None:
+        """Name the file by its checksum, refer the initializers to it, and describe it; None if nothing was written."""
+        if not self.extents:
+            self.path.unlink()
+            return None
+        checksum = self.digest.hexdigest()
+        record = WeightsFile(name=data_name(stem, checksum), size=self.path.stat().st_size, sha256=checksum)
+        self.path.rename(self.stage.path / record.name)
+        for value, offset, length in self.extents:
+            _refer(value, record.name, offset, length, self.stage)
+        return record
 
 
 def data_name(stem: str, digits: str) -> str:
@@ -179,19 +218,36 @@ def _transpose_in_graph(graph: ir.Graph, transposed: ir.Value, parameter: str) -
     Runtimes transpose it when they load the model, or choose a matrix product that takes it as it is.
     """
     assert transposed.shape is not None
-    assert transposed.name is not None
     stored = ir.Value(
         name=parameter, shape=ir.Shape(reversed(transposed.shape.dims)), type=ir.TensorType(transposed.dtype)
     )
-    name = f"{parameter.rpartition('.')[0]}/Transpose"
-    node = ir.Node(
-        "", "Transpose", [stored], [ir.AttrInt64s("perm", [1, 0])], name=name,
-        outputs=[ir.Value(name=f"{name}_output_0", shape=transposed.shape, type=transposed.type)],
-    )
-    consumers = {usage.node for usage in transposed.uses()}
-    first = next(node for node in graph if node in consumers)
-    ir.convenience.replace_all_uses_with(transposed, node.outputs[0])
-    graph.initializers.pop(transposed.name)
-    graph.initializers.add(stored)
-    graph.insert_before(first, node)
+    node = ir.Node("", "Transpose", [stored], [ir.AttrInt64s("perm", [1, 0])], num_outputs=1)
+    _replace_initializer(graph, transposed, [stored], node, parameter)
     return stored
+
+
+def _dequantize_in_graph(
+    graph: ir.Graph, transposed: ir.Value, parameter: str, weight: Int4Weight
+) -> tuple[ir.Value, ir.Value]:
+    """Replace an initializer by integers, a scale and a DequantizeLinear, and return the first two."""
+    assert transposed.shape is not None
+    packed = ir.Value(name=parameter, shape=transposed.shape, type=ir.TensorType(ir.DataType.INT4))
+    scale = ir.Value(name=f"{parameter}_scale", shape=ir.Shape(weight.scale.shape), type=transposed.type)
+    attributes = [ir.AttrInt64("axis", 0), ir.AttrInt64("block_size", weight.block)]
+    node = ir.Node("", "DequantizeLinear", [packed, scale], attributes, num_outputs=1)
+    _replace_initializer(graph, transposed, [packed, scale], node, parameter)
+    return packed, scale
+
+
+def _replace_initializer(graph: ir.Graph, old: ir.Value, new: list[ir.Value], node: ir.Node, parameter: str) -> None:
+    """Let a node compute what was an initializer, from others."""
+    node.name = f"{parameter.rpartition('.')[0]}/{node.op_type}"
+    (output,) = node.outputs
+    output.name, output.shape, output.type = f"{node.name}_output_0", old.shape, old.type
+    consumers = {usage.node for usage in old.uses()}
+    first = next(candidate for candidate in graph if candidate in consumers)
+    ir.convenience.replace_all_uses_with(old, output)
+    graph.initializers.pop(old.name or "")
+    for value in new:
+        graph.initializers.add(value)
+    graph.insert_before(first, node)

@@ -176,9 +176,16 @@ def _tensor(value: onnx.ValueInfoProto) -> Tensor:
 
 def _parameters(graph: onnx.GraphProto) -> Parameters:
     counts = {
-        tensor.name: (math.prod(tensor.dims), onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
-        for tensor in graph.initializer if tensor.name.endswith(_PARAMETERS)
+        tensor.name: (math.prod(tensor.dims), _bits(tensor.data_type))
+        for tensor in graph.initializer if tensor.name.removesuffix("_transposed").endswith(_PARAMETERS)
     }
     return Parameters(
-        count=sum(count for count, _ in counts.values()), size=sum(count * size for count, size in counts.values())
+        count=sum(count for count, _ in counts.values()),
+        size=sum(count * bits // 8 for count, bits in counts.values()),
     )
+
+
+def _bits(data_type: int) -> int:
+    if data_type == onnx.TensorProto.INT4:
+        return 4
+    return 8 * onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize

@@ -15,6 +15,7 @@ from hip_trt.errors import ExportError
 
 if TYPE_CHECKING:
     from hip_trt.export import ExportedModel
+    from hip_trt.export.onnx_export import Quantization
     from hip_trt.sidecar import Sidecar
     from hip_trt.spec import DType, Logits, ModelSpec
 
@@ -100,6 +101,14 @@ def export(
             "safetensors files are used in place, or linked, where no conversion is asked for.",
         ),
     ] = False,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="int4", rich_help_panel=_MODEL_PANEL, show_default="none",
+            help="Write the weights of linear layers in four bits, rounded to nearest; needs NVIDIA Model Optimizer "
+            "(pip install nvidia-modelopt onnx-graphsurgeon onnxslim lief).",
+        ),
+    ] = None,
     allow_download: Annotated[
         bool,
         typer.Option(
@@ -180,7 +189,7 @@ def export(
         raise ExportError(f"--out {to}: must end in .plan, for an engine, or .onnx.")
     if is_onnx:
         _refuse_model_options(exported, to, dtype=dtype, logits=logits, max_context=max_context,
-                              copy_weights=copy_weights or None, config=config_file, **fields)
+                              copy_weights=copy_weights or None, quantize=quantize, config=config_file, **fields)
     if not wants_plan:
         _refuse_engine_options(to, strip_weights=strip_weights, weight_streaming=weight_streaming)
     build = _engine_builder(runtime, compute_capability or []) if wants_plan else None
@@ -202,6 +211,7 @@ def export(
             model, exported, config=resolve_config(config_file, fields), allow_download=allow_download, steps=steps,
             dtype=cast("DType | None", dtype), logits=cast("Logits", logits or "last"),  # it refuses any other value
             max_context=max_context, check=check_engine if wants_plan else None, copy_weights=copy_weights,
+            quantize=cast("Quantization | None", quantize),
         )
         _report_model(made)
     if build is not None:

@@ -49,6 +49,8 @@ class OrtExecutor:
         self.spec = read_onnx(path).spec
         options = ort.SessionOptions()
         options.log_severity_level = 4  # failures come as exceptions; do not print them as well
+        # Multiply weights of four bits with activations as they are; by default it rounds those to eight bits.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
