@@ -188,7 +188,7 @@ def test_exact_up_to_the_limit_and_not_beyond(name: str) -> None:
     graph._hold_rope(free)
     prompt = tokens(limit.tokens + 1)
     np.testing.assert_allclose(logits(model, prompt[:-1]), logits(free, prompt[:-1]), rtol=0, atol=1e-5)
-    assert np.abs(logits(model, prompt)[-1] - logits(free, prompt)[-1]).max() > 1e-2
+    assert np.abs(logits(model, prompt)[-1] - logits(free, prompt)[-1]).max() > 1e-3
 
 
 def test_long_factors_hold_where_they_are_asked_for(tmp_path: Path) -> None:
