@@ -103,7 +103,8 @@ def test_counts_are_of_blocks(library: Library) -> None:
         caches.forget()
         conversation.decode(1)
         assert caches.counts() == (CacheCounts(blocks, 2 * blocks, 0, 0),) * 2
-        assert caches.nbytes == (caches.key_blocks + caches.value_blocks) * (16 * HEAD_DIM * 2 + 8) + 72
+        hints = 2 * 4 * keys.nbytes // caches.block_bytes
+        assert caches.nbytes == (caches.key_blocks + caches.value_blocks) * (16 * HEAD_DIM * 2 + 8) + hints + 72
 
 
 def test_least_recently_used_blocks_are_replaced(library: Library) -> None:

@@ -19,7 +19,8 @@ WAYS = 32
 class _BlockCacheStruct(ctypes.Structure):
     """HipTrtBlockCache."""
 
-    _fields_ = [("rows", ctypes.c_void_p), ("owners", ctypes.c_void_p), ("blocks", ctypes.c_int32)]
+    _fields_ = [("rows", ctypes.c_void_p), ("owners", ctypes.c_void_p), ("hints", ctypes.c_void_p),
+                ("blocks", ctypes.c_int32)]
 
 
 class _OffloadStruct(ctypes.Structure):
@@ -130,12 +131,13 @@ class BlockCaches:
         self.key_pool, self.value_pool, self.staging = key_pool, value_pool, staging
         self._library = library
         self._counters = torch.zeros(1 + 2 * len(fields(CacheCounts)), dtype=torch.int64, device=device)
-        self._memory = [self._allocate(min(blocks, -(-in_pool // WAYS) * WAYS), device)
-                        for blocks in (key_blocks, value_blocks)]
+        self._memory = [
+            self._allocate(min(blocks, -(-in_pool // WAYS) * WAYS), in_pool, device) for blocks in (key_blocks, value_blocks)
+        ]
         keys, values = (
-            _BlockCacheStruct(rows.data_ptr() if len(owners) else None, owners.data_ptr() if len(owners) else None,
+            _BlockCacheStruct(*(tensor.data_ptr() if len(owners) else None for tensor in (rows, owners, hints)),
                               len(owners))
-            for rows, owners in self._memory
+            for rows, owners, hints in self._memory
         )
         library.attach_offload(_OffloadStruct(
             key_pool.data_ptr(), value_pool.data_ptr(), keys, values, self._counters.data_ptr(),
@@ -143,15 +145,17 @@ class BlockCaches:
               if staging else (None, None, None, 0)),
         ))
 
-    def _allocate(self, blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _allocate(self, blocks: int, in_pool: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, owners and hints."""
         blocks -= blocks % WAYS
         return (torch.empty(blocks, self.block_bytes, dtype=torch.uint8, device=device),
-                torch.zeros(blocks, dtype=torch.int64, device=device))
+                torch.zeros(blocks, dtype=torch.int64, device=device),
+                torch.zeros(in_pool if blocks else 0, dtype=torch.int32, device=device))
 
     @property
     def nbytes(self) -> int:
         """GPU memory of both caches, staging not counted."""
-        return self._counters.nbytes + sum(tensor.nbytes for pair in self._memory for tensor in pair)
+        return self._counters.nbytes + sum(tensor.nbytes for cache in self._memory for tensor in cache)
 
     @property
     def key_blocks(self) -> int:

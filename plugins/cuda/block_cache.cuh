@@ -1,10 +1,13 @@
 // Blocks of a pool in host memory, copied to GPU memory: looked up, filled and replaced by the warps of a running kernel.
 //
-// The cache is set-associative: a block has its place in one of kWays slots, a lane each. A slot's owner is one 64-bit word
+// The cache is set-associative: a block has its place in one of kWays slots. A slot's owner is one 64-bit word
 //
 //     block + 1 (32 bits; 0: empty) | step of its last use (31 bits) | its rows are complete (1 bit)
 //
-// and changes by compare-and-swap alone. What makes it safe without locks:
+// and changes by compare-and-swap alone. A table names, for every block of the pool, the slot that it was put in last: a hint,
+// for the owner has the word, by which all lanes of a warp look up a block each in two loads.
+//
+// What makes it safe without locks:
 //   - A slot may be replaced only if its last use is more than kGrace + 1 steps back, and a warp reads a slot only if its last
 //     use is at most kGrace back, or after renewing it. Thread blocks of one kernel may disagree about the step by one. So
 //     nothing that this kernel reads is replaced by it.
@@ -33,7 +36,8 @@ struct BlockCache
     const char* pool; // host memory
     char* rows;
     Owner* owners;
-    uint32_t sets; // of kWays slots; 0: no cache
+    int32_t* hints; // by block: 1 + slot
+    uint32_t sets;  // of kWays slots; 0: no cache
     uint32_t step;
     int block_log2; // rows of a block
     int row_bytes;
@@ -46,6 +50,7 @@ struct BlockCache
         : pool(static_cast<const char*>(pool))
         , rows(static_cast<char*>(cache.rows))
         , owners(reinterpret_cast<Owner*>(cache.owners))
+        , hints(cache.hints)
         , sets(static_cast<uint32_t>(cache.blocks) / kWays)
         , step(step)
         , block_log2(call.block_k_log2)
@@ -89,23 +94,22 @@ struct BlockCache
         return static_cast<int64_t>(__umulhi(block * 0x9e3779b1u, sets)) * kWays;
     }
 
-    __device__ __forceinline__ void count(HipTrtCacheEvent event)
+    __device__ __forceinline__ void count(HipTrtCacheEvent event, unsigned times = 1)
     {
-        if (threadIdx.x % kWarpSize == 0)
+        if (threadIdx.x % kWarpSize == 0 && times != 0)
         {
-            atomicAdd(events + event, 1u);
+            atomicAdd(events + event, times);
         }
     }
 
-    // The complete copies of a block, a bit each, in use from now on: they stay until the kernel ends. `owner` is this lane's
-    // slot's.
-    __device__ __forceinline__ unsigned keep(Owner* set, uint32_t block, Owner owner) const
+    // Whether a slot, owned by `owner` a moment ago, is a complete copy of the block. If so, it is in use from now on: it stays
+    // until the kernel ends. Each lane for itself.
+    __device__ __forceinline__ bool keep(Owner* slot, uint32_t block, Owner owner) const
     {
-        const int lane = threadIdx.x % kWarpSize;
         bool kept = holds(owner, block) && complete(owner);
         while (kept && age(owner) > kGrace)
         {
-            const Owner before = atomicCAS(set + lane, owner, BlockCache::owner(block, step, true));
+            const Owner before = atomicCAS(slot, owner, BlockCache::owner(block, step, true));
             if (before == owner)
             {
                 break;
@@ -113,47 +117,56 @@ struct BlockCache
             owner = before; // used by another warp, or replaced
             kept = holds(owner, block) && complete(owner);
         }
-        return __ballot_sync(kFullWarp, kept);
+        return kept;
     }
 
-    // Read a block over the bus instead.
-    __device__ __forceinline__ const char* bypass(uint32_t block)
+    __device__ __forceinline__ const char* inPool(uint32_t block) const
     {
-        count(HIP_TRT_CACHE_BYPASS);
         return pool + static_cast<int64_t>(block) * blockBytes();
     }
 
-    // The rows of a block: in the cache, where they are put if they were not, or else in the pool.
-    __device__ __forceinline__ const char* findBlock(uint32_t block)
+    // Where each lane's block is: in the cache, where it is put if it was not, or else in the pool. Undefined where not
+    // `wanted`. For all lanes of a warp.
+    __device__ __forceinline__ const char* find(uint32_t block, bool wanted)
     {
+        const int hint = wanted && sets != 0 ? loadCurrent(hints + block) : 0;
+        Owner* const slot = owners + hint - 1;
+        const Owner owner = hint != 0 ? loadCurrent(slot) : 0;
+        const bool hit = hint != 0 && keep(slot, block, owner);
+        const char* found = hit ? rows + static_cast<int64_t>(hint - 1) * blockBytes() : inPool(block);
+        // Rows that came in this very kernel: see what was written before the slot was marked complete.
+        if (__any_sync(kFullWarp, hit && age(owner) <= 1))
+        {
+            __threadfence();
+        }
+        count(HIP_TRT_CACHE_HIT, __popc(__ballot_sync(kFullWarp, hit)));
+        unsigned missing = __ballot_sync(kFullWarp, wanted && !hit);
         if (sets == 0)
         {
-            return bypass(block);
+            count(HIP_TRT_CACHE_BYPASS, __popc(missing));
+            return found;
         }
+        for (; missing != 0; missing &= missing - 1)
+        {
+            const int asking = __ffs(missing) - 1;
+            const char* const placed = place(__shfl_sync(kFullWarp, block, asking));
+            found = threadIdx.x % kWarpSize == asking ? placed : found;
+        }
+        return found;
+    }
+
+    // Put a block into the cache, and say where it is; in the pool if there is no room or another warp is at it. All lanes of
+    // a warp together.
+    __device__ __forceinline__ const char* place(uint32_t block)
+    {
         const int lane = threadIdx.x % kWarpSize;
         const int64_t first = firstSlot(block);
         Owner* const set = owners + first;
-        Owner owner = loadCurrent(set + lane);
-        if (__any_sync(kFullWarp, holds(owner, block)))
-        {
-            const unsigned kept = keep(set, block, owner);
-            if (kept == 0)
-            {
-                return bypass(block);
-            }
-            const int way = __ffs(kept) - 1;
-            // Rows that came in this very kernel: see what was written before the slot was marked complete.
-            if (__any_sync(kFullWarp, lane == way && age(owner) <= 1))
-            {
-                __threadfence();
-            }
-            count(HIP_TRT_CACHE_HIT);
-            return rows + (first + way) * blockBytes();
-        }
-        const int way = replaceOldest(set, block, owner);
+        const int way = replaceOldest(set, block, loadCurrent(set + lane));
         if (way < 0)
         {
-            return bypass(block);
+            count(HIP_TRT_CACHE_BYPASS);
+            return inPool(block);
         }
         char* const target = rows + (first + way) * blockBytes();
         copyBlock(target, block);
@@ -162,6 +175,7 @@ struct BlockCache
         if (lane == way)
         {
             atomicExch(set + way, BlockCache::owner(block, step, true));
+            hints[block] = static_cast<int32_t>(first + way) + 1;
         }
         count(HIP_TRT_CACHE_MISS);
         return target;
@@ -205,8 +219,8 @@ struct BlockCache
     // Copy a block from the pool, several kilobytes in flight at once.
     __device__ __forceinline__ void copyBlock(char* target, uint32_t block) const
     {
-        constexpr int kBatch = 4, kChunk = 16;
-        const char* const source = pool + static_cast<int64_t>(block) * blockBytes();
+        constexpr int kBatch = 8, kChunk = 16;
+        const char* const source = inPool(block);
         const int bytes = blockBytes();
         const int new_at = new_row >> block_log2 == block ? (new_row & ((1u << block_log2) - 1)) * row_bytes : bytes;
 #pragma unroll 1
@@ -246,7 +260,8 @@ struct BlockCache
         const uint32_t block = new_row >> block_log2;
         const int64_t first = firstSlot(block);
         Owner* const set = owners + first;
-        for (unsigned kept = keep(set, block, loadCurrent(set + lane)); kept != 0; kept &= kept - 1)
+        const bool kept_here = keep(set + lane, block, loadCurrent(set + lane));
+        for (unsigned kept = __ballot_sync(kFullWarp, kept_here); kept != 0; kept &= kept - 1)
         {
             char* const row = rows + (first + __ffs(kept) - 1) * blockBytes()
                 + (new_row & ((1u << block_log2) - 1)) * row_bytes;
@@ -268,13 +283,13 @@ struct BlockCache
     }
 };
 
-// A row of the pool, wherever it is now. All lanes of a warp call with the same row; all get the same result.
+// Where a lane's row of the pool is now; undefined where not `wanted`. For all lanes of a warp, which may ask for a block each.
 //
 // Not inlined: what it needs while it copies would else take registers from the kernel all the time.
-inline __device__ __noinline__ const char* findRow(BlockCache* cache, uint32_t row)
+inline __device__ __noinline__ const char* findRow(BlockCache* cache, uint32_t row, bool wanted)
 {
-    const uint32_t block = row >> cache->block_log2;
-    return cache->findBlock(block) + (row & ((1u << cache->block_log2) - 1)) * cache->row_bytes;
+    return cache->find(row >> cache->block_log2, wanted)
+        + (row & ((1u << cache->block_log2) - 1)) * cache->row_bytes;
 }
 
 } // namespace hip_trt

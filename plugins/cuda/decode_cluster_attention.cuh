@@ -229,31 +229,30 @@ __device__ __forceinline__ int attendBlocks(const DecodeCall& decode, const Deco
     const QueryOperand<T, D, HeadTiles> query(reinterpret_cast<const T*>(shared.queries()));
     WarpAttention<T, D, HeadTiles> attention;
     int token = kNone; // lane 2 i + half: of the warp's tile i of the next sixteen
-    uint32_t row = 0;
+    typename Pools::Run run{};
     for (int i = 0; warp + kWarps * i < tiles; ++i)
     {
         if (i % 16 == 0)
         {
             const int half = 2 * (warp + kWarps * (i + lane / 2)) + lane % 2;
             token = kNone;
+            uint32_t row = 0;
             if (half < halves)
             {
                 token = (blocks[half >> halves_log2] << call.block_k_log2) + (half & ((1 << halves_log2) - 1)) * 8;
                 row = rows(token);
             }
+            run = pools.findRun(row, token <= newest, halves_log2 > 0);
         }
         int tokens[2];
-        uint32_t from[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half)
         {
             tokens[half] = __shfl_sync(kFullWarp, token, 2 * (i % 16) + half);
-            from[half] = __shfl_sync(kFullWarp, row, 2 * (i % 16) + half);
         }
         if (min(tokens[0], tokens[1]) <= newest)
         {
-            const typename Pools::Tile tile = pools.findTile(from, {tokens[0] <= newest, tokens[1] <= newest});
-            attention.template add<Pools>(query, tokens, tile, newest, new_key, new_value, decode.scale_log2e,
+            attention.template add<Pools>(query, tokens, pools.tile(run, 2 * (i % 16)), newest, new_key, new_value, decode.scale_log2e,
                 reinterpret_cast<T*>(shared.scratch(warp)));
         }
     }

@@ -21,10 +21,11 @@ struct ResidentPools
     {
     }
 
-    // Where the key block is whose first row in the pool this lane gives; lane i's is that of node i of 2^nodes_log2.
+    // Where the key block is whose first row in the pool this lane gives. Where not `wanted`, the block of lane `other`, which
+    // is wanted, does as well.
     using Block = uint32_t;
 
-    __device__ __forceinline__ Block findKeys(uint32_t row, int) const
+    __device__ __forceinline__ Block findKeys(uint32_t row, bool, int) const
     {
         return row;
     }
@@ -35,7 +36,16 @@ struct ResidentPools
         return keys + (static_cast<uint64_t>(__shfl_sync(kFullWarp, block, lane)) + row) * D;
     }
 
-    // Two runs of eight rows of keys and of values.
+    // Where eight rows of keys and of values are, of which this lane gives the first. `paired`: an odd lane's follow those of
+    // the lane before.
+    using Run = uint32_t;
+
+    __device__ __forceinline__ Run findRun(uint32_t row, bool, bool) const
+    {
+        return row;
+    }
+
+    // Two runs.
     struct Tile
     {
         const T* keys;
@@ -53,10 +63,12 @@ struct ResidentPools
         }
     };
 
-    // Half h begins at row[h] of the pools; it is read only if wanted[h].
-    __device__ __forceinline__ Tile findTile(const uint32_t (&row)[2], const bool (&)[2]) const
+    // Those of two lanes from `lane` on.
+    __device__ __forceinline__ Tile tile(Run run, int lane) const
     {
-        return {keys, values, {static_cast<uint64_t>(row[0]) * D, static_cast<uint64_t>(row[1]) * D}};
+        return {keys, values,
+            {static_cast<uint64_t>(__shfl_sync(kFullWarp, run, lane)) * D,
+                static_cast<uint64_t>(__shfl_sync(kFullWarp, run, lane + 1)) * D}};
     }
 
     static __device__ __forceinline__ uint4 load(const T* address)
@@ -82,29 +94,41 @@ struct OffloadedPools
     {
     }
 
-    __device__ __forceinline__ const T* find(int cache, uint32_t row) const
+    static __device__ __forceinline__ const T* fromLane(const T* address, int lane)
     {
-        return reinterpret_cast<const T*>(findRow(caches + cache, row));
+        return reinterpret_cast<const T*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(address), lane));
     }
 
     using Block = const T*;
 
-    __device__ __forceinline__ Block findKeys(uint32_t row, int nodes_log2) const
+    __device__ __forceinline__ Block findKeys(uint32_t row, bool wanted, int other) const
     {
-        Block found = nullptr;
-#pragma unroll 1
-        for (int node = 0; node < 1 << nodes_log2; ++node)
-        {
-            const T* const block = find(0, __shfl_sync(kFullWarp, row, node));
-            found = (threadIdx.x & ((1 << nodes_log2) - 1)) == node ? block : found;
-        }
-        return found;
+        const Block block = reinterpret_cast<const T*>(findRow(caches, row, wanted));
+        const Block replacement = fromLane(block, other);
+        return wanted ? block : replacement;
     }
 
     __device__ __forceinline__ const T* keyRow(Block block, int lane, int row) const
     {
-        const uint64_t address = __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(block), lane);
-        return reinterpret_cast<const T*>(address) + row * D;
+        return fromLane(block, lane) + row * D;
+    }
+
+    struct Run
+    {
+        const T* key;
+        const T* value;
+    };
+
+    __device__ __forceinline__ Run findRun(uint32_t row, bool wanted, bool paired) const
+    {
+        const int lane = threadIdx.x % kWarpSize;
+        const bool follows = paired && lane % 2 == 1;
+        Run run;
+        run.key = reinterpret_cast<const T*>(findRow(caches, row, wanted && !follows));
+        run.value = reinterpret_cast<const T*>(findRow(caches + 1, row, wanted && !follows));
+        const T* const key_before = fromLane(run.key, lane & ~1);
+        const T* const value_before = fromLane(run.value, lane & ~1);
+        return follows ? Run{key_before + 8 * D, value_before + 8 * D} : run;
     }
 
     struct Tile
@@ -123,25 +147,10 @@ struct OffloadedPools
         }
     };
 
-    __device__ __forceinline__ Tile findTile(const uint32_t (&row)[2], const bool (&wanted)[2]) const
+    __device__ __forceinline__ Tile tile(const Run& run, int lane) const
     {
-        const int block_log2 = caches->block_log2;
-        Tile tile{};
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-        {
-            if (half == 1 && wanted[0] && wanted[1] && row[0] >> block_log2 == row[1] >> block_log2)
-            {
-                tile.keys[1] = tile.keys[0] + (row[1] - row[0]) * D;
-                tile.values[1] = tile.values[0] + (row[1] - row[0]) * D;
-            }
-            else if (wanted[half])
-            {
-                tile.keys[half] = find(0, row[half]);
-                tile.values[half] = find(1, row[half]);
-            }
-        }
-        return tile;
+        return {{fromLane(run.key, lane), fromLane(run.key, lane + 1)},
+            {fromLane(run.value, lane), fromLane(run.value, lane + 1)}};
     }
 
     // Not loadOnce: the cache is written while the kernel runs.

@@ -29,15 +29,18 @@ __device__ __forceinline__ void scoreNodes(const DecodeCall& decode, const Decod
     const QueryOperand<T, D, HeadTiles> query(reinterpret_cast<const T*>(shared.queries()));
 
     const auto firstOf = [&](int batch) { return (warp + kWarps * (batch >> batches_log2)) << nodes_log2; };
-    // Where the node of this lane is: lane i's is node i of the batch; past the last node, the last one.
-    const auto lookUp = [&](int batch) {
-        const int node = min(firstOf(batch) + (lane & ((1 << nodes_log2) - 1)), own - 1);
-        return pools.findKeys(
-            rows(tree.representative(nodes[place.dealt(node)], blocks_per_node) << rows_log2), nodes_log2);
+    // The nodes of this warp are numbered as its batches take them, and looked up thirty-two at a time, one by each lane.
+    const auto numberOf = [&](int batch) { return (batch >> batches_log2) << nodes_log2; };
+    const auto lookUp = [&](int number) {
+        const int mine = number + lane, in_batch = mine & ((1 << nodes_log2) - 1);
+        const int node = ((warp + kWarps * (mine >> nodes_log2)) << nodes_log2) + in_batch;
+        return pools.findKeys(rows(tree.representative(nodes[place.dealt(min(node, own - 1))], blocks_per_node) << rows_log2),
+            node < own, lane - in_batch);
     };
-    // Line i of the batch, of 32, whose blocks were looked up.
+    // Line i of the batch, of 32.
     const auto lineAt = [&](int batch, typename Pools::Block block, int i) {
-        return pools.keyRow(block, i >> rows_log2, ((batch << kBatchLog2) + i) & ((1 << rows_log2) - 1));
+        return pools.keyRow(block, (numberOf(batch) + (i >> rows_log2)) % kWarpSize,
+            ((batch << kBatchLog2) + i) & ((1 << rows_log2) - 1));
     };
     const int batches = (groups - warp + kWarps - 1) / kWarps << batches_log2;
 
@@ -46,16 +49,18 @@ __device__ __forceinline__ void scoreNodes(const DecodeCall& decode, const Decod
     const bool look_ahead = !Pools::kOffloaded && batches > 4;
 
     float carried = -INFINITY;
-    typename Pools::Block next_block{};
+    typename Pools::Block block{};
 #pragma unroll 1
     for (int batch = 0; batch < batches; ++batch)
     {
         const int first = firstOf(batch);
-        const typename Pools::Block block = look_ahead && batch > 0 ? next_block : lookUp(batch);
-        if (look_ahead && batch + 1 < batches)
+        if (numberOf(batch) % kWarpSize == 0 && (batch & ((1 << batches_log2) - 1)) == 0)
         {
-            next_block = lookUp(batch + 1);
-            const T* const line = lineAt(batch + 1, next_block, lane);
+            block = lookUp(numberOf(batch));
+        }
+        if (look_ahead && batch + 1 < batches && numberOf(batch + 1) / kWarpSize == numberOf(batch) / kWarpSize)
+        {
+            const T* const line = lineAt(batch + 1, block, lane);
 #pragma unroll
             for (int i = 0; i < D; i += kPrefetchBytes / static_cast<int>(sizeof(T)))
             {

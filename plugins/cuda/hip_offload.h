@@ -2,7 +2,7 @@
  *
  * A pool of pages in page-locked host memory, mapped to the device, can be passed to hipTrtAttention like any other: that is
  * correct, and as slow as the bus. Once caches are attached to it, calls on that pool use them. They are a matter of speed
- * only: results are the same bits with caches of any size, and with none.
+ * only: results are the same bits with caches of any size, and with none, as for pools in GPU memory.
  *
  *   decode  (S = 1) Key blocks that are scored or attended, and value blocks that are attended, are looked up in the caches.
  *           A block that is missing is read over the bus by the warp that needs it and placed in the cache, inside the step.
@@ -29,6 +29,7 @@ typedef struct HipTrtBlockCache
 {
     void* rows;       /* [blocks, block_k, D] */
     uint64_t* owners; /* [blocks]: which block of the pool each is a copy of, and when it was last used. Zeros at first */
+    int32_t* hints;   /* [blocks in the pool]: where each was put last. Zeros at first */
     int32_t blocks;   /* a multiple of HIP_TRT_CACHE_WAYS; 0: no cache */
 } HipTrtBlockCache;
 
@@ -50,7 +51,8 @@ typedef struct HipTrtOffload
     HipTrtBlockCache keys;
     HipTrtBlockCache values;
     uint64_t* counters;     /* [1 + 2 HIP_TRT_CACHE_EVENTS]: decode steps, then events of keys, then of values */
-    void* staging_keys;     /* [staging_pages, Hkv, page_size, D]; NULL: prefill reads the pools over the bus */
+    void* staging_keys;     /* [staging_pages, Hkv, page_size, D]; NULL: prefill reads the pools over the bus, by kernels
+                               that on Hopper round differently from those for GPU memory */
     void* staging_values;   /* likewise */
     int32_t* staging_table; /* [staging_pages] */
     int32_t staging_pages;  /* used by calls of B pages_per_sequence slots or fewer */

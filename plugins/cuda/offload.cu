@@ -22,6 +22,7 @@ bool validCache(const HipTrtBlockCache& cache)
 {
     return cache.blocks == 0
         || (cache.blocks > 0 && cache.blocks % HIP_TRT_CACHE_WAYS == 0 && cache.rows != nullptr && cache.owners != nullptr
+            && cache.hints != nullptr
             && reinterpret_cast<uintptr_t>(cache.rows) % 16 == 0);
 }
 

@@ -47,6 +47,13 @@ __device__ __forceinline__ unsigned long long loadCurrent(const unsigned long lo
     return value;
 }
 
+__device__ __forceinline__ int32_t loadCurrent(const int32_t* address)
+{
+    int32_t value;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];\n" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
 // Close the group of copies that this thread started since the last call.
 __device__ __forceinline__ void commitCopies()
 {
