@@ -154,6 +154,7 @@ CASES = (
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     }, {"biases": _no_bias}),
     Case("Qwen2.5-7B", "Qwen2ForCausalLM", {
+        "num_hidden_layers": 2,
         "num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 896, "max_position_embeddings": 131072,
         "use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 28,
         "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0,
