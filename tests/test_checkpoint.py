@@ -354,7 +354,7 @@ NORM, FIRST = "model.norm.weight", "lm_head.weight"
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda header: header[NORM].update(data_offsets=[0, 128]), ("overlap", "damaged")),
+    (lambda header: header[NORM].update(data_offsets=[0, 128]), (f"damaged: the weights {NORM} and {FIRST} overlap",)),
     (lambda header: header[NORM].update(shape=[33]), (f"{NORM} of shape [33] needs 132 bytes, and has 128",)),
     (lambda header: header.pop(FIRST), ("belong to no weight",)),
     (lambda header: header.pop(NORM), ("bytes after the last weight",)),
