@@ -40,6 +40,7 @@ lint: install ## Check style (ruff) and types (mypy, strict)
 	ln -s $(CURDIR)/hip_trt/* $(CURDIR)/export build/typecheck/hip_trt/
 	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p hip_trt
 	$(BIN)/mypy plugins/build_backend/hip_trt_build/*.py
+	$(BIN)/mypy benchmarks
 
 sample: $(SAMPLE) ## Fetch the sample model, SmolLM2-135M-Instruct (92 MB)
 

@@ -26,19 +26,21 @@ def plot(content: Mapping[str, Any], path: Path) -> bool:
         return False
     pyplot = import_module("matplotlib.pyplot")
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    axes.set_prop_cycle(color=pyplot.colormaps["tab20"].colors)  # more columns than the default has colours
     lengths: set[int] = set()
     for column in (*content["dense"], *content["peers"], *content["ours"]):
         points = times(content, column)
         if points:
             lengths |= points.keys()
             ours = column in content["ours"]
-            axes.plot(list(points), list(points.values()), marker="o", label=column, linewidth=2.5 if ours else 1.2)
+            style = {"linewidth": 3, "color": "black", "linestyle": "-" if column == content["ours"][0] else "--"}
+            axes.plot(list(points), list(points.values()), marker="o", label=column, **(style if ours else {}))
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=content["unit"], title=f"{content['what']}, batch 1")
     axes.set_xticks(sorted(lengths), [case_name(length, 1) for length in sorted(lengths)])
     axes.set_xticks([], minor=True)
     axes.grid(True, alpha=0.3)
     if lengths:
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
     return True
