@@ -90,11 +90,11 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
 
     if (threadIdx.x == 0)
     {
-        initBarrier(shared.scoresReady(0));
-        initBarrier(shared.scoresReady(1));
-        initBarrier(shared.resultsReady());
+        initBarrier(shared.scoresReady(0), 1);
+        initBarrier(shared.scoresReady(1), 1);
+        initBarrier(shared.resultsReady(), 1);
         publishBarriers();
-        expectBytes(shared.resultsReady(), heads * (D * sizeof(float) + cluster * sizeof(float2)));
+        arriveExpectBytes(shared.resultsReady(), heads * (D * sizeof(float) + cluster * sizeof(float2)));
     }
     clusterArrive();
 #pragma unroll 1
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
             constexpr int kPadding = 3; // zeros after the scores, to a multiple of 4, that come as scores do
             if (threadIdx.x == 0)
             {
-                expectBytes(shared.scoresReady(parity), (nodes.count + kPadding) * sizeof(uint32_t));
+                arriveExpectBytes(shared.scoresReady(parity), (nodes.count + kPadding) * sizeof(uint32_t));
             }
             if (threadIdx.x < kPadding)
             {

@@ -1,9 +1,9 @@
-// What thread-block clusters need beyond ptx.cuh (compute capability 9.0 and later): barriers that count bytes, stores
-// into a neighbour's shared memory.
+// What thread-block clusters need beyond ptx.cuh (compute capability 9.0 and later): their own barrier, stores into a
+// neighbour's shared memory, loads and copies of the decode kernel.
 #ifndef HIP_TRT_DECODE_CLUSTER_PTX_CUH // not #pragma once: plugins/tests/emulation puts its own in place
 #define HIP_TRT_DECODE_CLUSTER_PTX_CUH
 
-#include "ptx.cuh"
+#include "mbarrier.cuh"
 
 namespace hip_trt
 {
@@ -29,39 +29,6 @@ __device__ __forceinline__ uint32_t peerAddress(uint32_t address, int rank)
     uint32_t peer;
     asm("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(peer) : "r"(address), "r"(rank));
     return peer;
-}
-
-// ---- Barriers that complete once one arrival has been made and all expected bytes have come ----
-
-__device__ __forceinline__ void initBarrier(uint64_t* barrier)
-{
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n" ::"r"(sharedAddress(barrier)) : "memory");
-}
-
-// Make this thread's initialized barriers known to the cluster, with the next clusterArrive().
-__device__ __forceinline__ void publishBarriers()
-{
-    asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
-}
-
-// The one arrival of a phase. Bytes may come before it.
-__device__ __forceinline__ void expectBytes(uint64_t* barrier, uint32_t bytes)
-{
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(sharedAddress(barrier)), "r"(bytes)
-                 : "memory");
-}
-
-__device__ __forceinline__ void waitBarrier(uint64_t* barrier, uint32_t parity)
-{
-    asm volatile(
-        "{\n"
-        ".reg .pred complete;\n"
-        "WAIT:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], %1;\n"
-        "@!complete bra WAIT;\n"
-        "}\n" ::"r"(sharedAddress(barrier)),
-        "r"(parity)
-        : "memory");
 }
 
 // Store to a peer's shared memory, and count the bytes on the peer's barrier once they are there.

@@ -1,8 +1,8 @@
-// Hopper's own instructions: warpgroup matrix products, the bulk tensor copy engine and its barriers. Names follow the
+// Hopper's own instructions: the bulk tensor copy engine and what warpgroups need. Names follow the
 // PTX ISA. Everything here exists on sm_90a only: kernels guard with HIP_TRT_SM90A.
 #pragma once
 
-#include "ptx.cuh"
+#include "mbarrier.cuh"
 
 #include <cuda.h>
 
@@ -12,47 +12,6 @@
 
 namespace hip_trt
 {
-
-// --- mbarrier: a counter in shared memory that threads arrive at and that copies complete on.
-
-__device__ __forceinline__ void initBarrier(uint64_t* barrier, int arrivals)
-{
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(sharedAddress(barrier)), "r"(arrivals) : "memory");
-}
-
-// Make the initialized barriers visible to the copy engine.
-__device__ __forceinline__ void fenceBarrierInit()
-{
-    asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
-}
-
-__device__ __forceinline__ void arrive(uint64_t* barrier)
-{
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(sharedAddress(barrier)) : "memory");
-}
-
-// Arrive, and expect copies of so many bytes before the phase ends.
-__device__ __forceinline__ void arriveExpectBytes(uint64_t* barrier, int bytes)
-{
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(sharedAddress(barrier)), "r"(bytes)
-                 : "memory");
-}
-
-// Wait until the phase of this parity has ended.
-__device__ __forceinline__ void wait(uint64_t* barrier, int parity)
-{
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra finished;\n"
-        "bra again;\n"
-        "finished:\n"
-        "}\n" ::"r"(sharedAddress(barrier)),
-        "r"(parity)
-        : "memory");
-}
 
 // --- Bulk tensor copy.
 

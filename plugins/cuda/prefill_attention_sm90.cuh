@@ -67,7 +67,7 @@ __device__ void copyTiles(const Call& call, const CUtensorMap& key_map, const CU
         auto copy = [&](const CUtensorMap& map, char(&tiles_of_stage)[Attention::kHalves][Attention::kTileBytes],
                         uint64_t* empty, uint64_t* full)
         {
-            wait(empty, parity);
+            waitBarrier(empty, parity);
             if (lane == 0)
             {
                 arriveExpectBytes(full, copies * block_bytes);
@@ -226,7 +226,7 @@ __device__ void attendRows(const Call& call, const QueryBlock& rows, const Atten
     };
 
     float decay[2];
-    wait(&shared.keys_full[0], 0);
+    waitBarrier(&shared.keys_full[0], 0);
     multiplyKeys(0);
     warpgroupWait<0>();
     fenceRegisters(logits);
@@ -238,9 +238,9 @@ __device__ void attendRows(const Call& call, const QueryBlock& rows, const Atten
     {
         const int stage = tile % kStages;
         const int next = (tile + 1) % kStages;
-        wait(&shared.keys_full[next], (tile + 1) / kStages % 2);
+        waitBarrier(&shared.keys_full[next], (tile + 1) / kStages % 2);
         multiplyKeys(next);
-        wait(&shared.values_full[stage], tile / kStages % 2);
+        waitBarrier(&shared.values_full[stage], tile / kStages % 2);
         multiplyValues(stage);
         warpgroupWait<1>();
         fenceRegisters(logits);
@@ -257,7 +257,7 @@ __device__ void attendRows(const Call& call, const QueryBlock& rows, const Atten
         packWeights();
     }
     const int last_stage = last_tile % kStages;
-    wait(&shared.values_full[last_stage], last_tile / kStages % 2);
+    waitBarrier(&shared.values_full[last_stage], last_tile / kStages % 2);
     // Rows after the last token may hold anything, and 0 x NaN is NaN.
     const int block_k = call.config.block_k;
     const int valid = attended.columns - last_tile * kTile - (block_k - 1 - (rows.last & (block_k - 1)));
@@ -326,7 +326,7 @@ __global__ void __launch_bounds__(PrefillAttention<T, D, Groups>::kThreads, Pref
             initBarrier(&shared.keys_empty[stage], 4 * Groups); // every warp that multiplies
             initBarrier(&shared.values_empty[stage], 4 * Groups);
         }
-        fenceBarrierInit();
+        publishBarriers();
         prefetchMap(&key_map);
         prefetchMap(&value_map);
     }

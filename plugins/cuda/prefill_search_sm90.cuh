@@ -74,7 +74,7 @@ struct PrefillSearch : MaskSearchSteps<PrefillSearch<T, D, Queries>>
                 initBarrier(&shared.full[stage], 1);
                 initBarrier(&shared.empty[stage], kProducerWarp); // every warp that multiplies
             }
-            fenceBarrierInit();
+            publishBarriers();
             prefetchMap(&key_map);
         }
         __syncthreads();
@@ -126,7 +126,7 @@ struct PrefillSearch : MaskSearchSteps<PrefillSearch<T, D, Queries>>
         {
             const int stage = (steps + tile) % kStages;
             const int copies = min(tile_nodes, nodes.count - tile * tile_nodes) * kHalves;
-            wait(&shared.empty[stage], (steps + tile) / kStages % 2 ^ 1);
+            waitBarrier(&shared.empty[stage], (steps + tile) / kStages % 2 ^ 1);
             if (lane == 0)
             {
                 arriveExpectBytes(&shared.full[stage], copies * block_bytes);
@@ -152,7 +152,7 @@ struct PrefillSearch : MaskSearchSteps<PrefillSearch<T, D, Queries>>
         {
             const int stage = (steps + tile) % kStages;
             const uint64_t key_tile = tileDescriptor(shared.keys[stage][0]);
-            wait(&shared.full[stage], (steps + tile) / kStages % 2);
+            waitBarrier(&shared.full[stage], (steps + tile) / kStages % 2);
             fenceRegisters(products);
             warpgroupArrive();
 #pragma unroll

@@ -95,12 +95,17 @@ uint32_t peerAddress(uint32_t address, int rank)
     return (address & 0xffffff) | static_cast<uint32_t>(rank) << 24;
 }
 
-void initBarrier(uint64_t* barrier)
+void initBarrier(uint64_t* barrier, int arrivals)
 {
+    if (arrivals != 1)
+    {
+        std::fprintf(stderr, "a barrier of %d arrivals is not emulated\n", arrivals);
+        std::abort();
+    }
     *reinterpret_cast<emulation::Barrier*>(barrier) = {0, 1, 0};
 }
 
-void expectBytes(uint64_t* barrier, uint32_t bytes)
+void arriveExpectBytes(uint64_t* barrier, uint32_t bytes)
 {
     emulation::Barrier* const expecting = reinterpret_cast<emulation::Barrier*>(barrier);
     if (expecting->arrivals != 1)

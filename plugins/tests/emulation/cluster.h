@@ -27,8 +27,9 @@ namespace hip_trt
 uint32_t sharedAddress(const void* pointer);
 uint32_t peerAddress(uint32_t address, int rank);
 
-void initBarrier(uint64_t* barrier);
-void expectBytes(uint64_t* barrier, uint32_t bytes);
+// In place of mbarrier.cuh: barriers of one arrival.
+void initBarrier(uint64_t* barrier, int arrivals);
+void arriveExpectBytes(uint64_t* barrier, uint32_t bytes);
 void waitBarrier(uint64_t* barrier, uint32_t parity);
 void storeAsync(uint32_t peer_address, uint32_t value, uint32_t peer_barrier);
 void storeAsync(uint32_t peer_address, float2 value, uint32_t peer_barrier);
@@ -88,3 +89,4 @@ inline float exp2Fast(float x)
 } // namespace hip_trt
 
 #define HIP_TRT_DECODE_CLUSTER_PTX_CUH
+#define HIP_TRT_MBARRIER_CUH
