@@ -458,14 +458,14 @@ def test_models_that_share_a_folder(quick: Exporter, tiny_folder: Path, tmp_path
 
 
 def test_files_of_others_are_not_overwritten(quick: Exporter, tiny_folder: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
-    before = names_in(folder)
-    for refused in ("model.safetensors", "tokenizer.json"):
-        with pytest.raises(ExportError, match=rf"holds a {refused} that hip-trt did not write"):
+    checkpoint = Path(shutil.copytree(tiny_folder, tmp_path / "checkpoint"))
+    tokenizer = Path(shutil.copytree(tiny_folder, tmp_path / "tokenizer"))
+    (tokenizer / "model.safetensors").unlink()
+    for folder, what in ((checkpoint, "model.safetensors"), (tokenizer, "tokenizer.json")):
+        before = names_in(folder)
+        with pytest.raises(ExportError, match=rf"holds a {what} that hip-trt did not write"):
             quick(tiny_folder, folder)
         assert names_in(folder) == before
-        (folder / "model.safetensors").unlink(missing_ok=True)
-        before = names_in(folder)
 
 
 @pytest.mark.parametrize("step", ["trace", "write_weights", "_serialize"])
