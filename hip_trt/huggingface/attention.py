@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,20 @@ from hip_trt.config import HipConfig
 from hip_trt.errors import CheckpointError, ConfigError, RuntimeInputError
 from hip_trt.huggingface.cache import HipCache
 from hip_trt.model_support import check_call, check_model, limits, resolve_context
+from hip_trt.offload import Offload
 
 ATTENTION = "hip_trt"
 """The attention implementation's name in transformers."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_patched: WeakKeyDictionary[nn.Module, tuple[str, RemovableHandle]] = WeakKeyDictionary()
+_patched: WeakKeyDictionary[nn.Module, tuple[str, RemovableHandle, WeakSet[HipCache]]] = WeakKeyDictionary()
+"""The implementation that each model had, the hook, and the caches that it was given with pages in host memory."""
 
 
-def patch(model: Model, config: HipConfig | None = None, *, max_context: int | None = None) -> Model:
+def patch(
+    model: Model, config: HipConfig | None = None, *, max_context: int | None = None, offload: Offload | None = None
+) -> Model:
     """Run a model's attention with HiP: through the reference on the CPU, the CUDA kernels on a GPU.
 
     ``model(...)`` and ``model.generate(...)`` work as before: greedy, sampling and beam search, batches padded on
@@ -43,6 +47,9 @@ def patch(model: Model, config: HipConfig | None = None, *, max_context: int | N
         config: pruning; the defaults if None. A model that is patched already takes the new one.
         max_context: longest context that the model will be given, in tokens; by default its own. A model that attends
             in another way beyond some length (a sliding window) can be patched up to it.
+        offload: keep KV caches in host memory, served by so much of the GPU's; None: on the GPU. Results are the same
+            bits. A cache's memory is given back when the cache goes, or at :func:`unpatch`. Of a cache that is kept,
+            ``past_key_values.offloaded.stats()`` says what happened.
 
     Returns:
         The model.
@@ -52,7 +59,8 @@ def patch(model: Model, config: HipConfig | None = None, *, max_context: int | N
             chunked attention, soft-capping, attention that is not causal, an encoder.
         ConfigError: if a dense layer is beyond the model's last, or ``max_context`` beyond its context.
         RuntimeInputError: later, from a call that asks for attention weights, dropout, a 4-D mask, packed sequences,
-            brings another kind of cache, or exceeds ``max_context``.
+            brings another kind of cache, or exceeds ``max_context``; with ``offload``, on a model that is not on a GPU,
+            or where host memory does not suffice.
     """
     config = config or HipConfig.create()
     _check_model(model)
@@ -73,16 +81,22 @@ def patch(model: Model, config: HipConfig | None = None, *, max_context: int | N
     AttentionMaskInterface.register(ATTENTION, _new_rows_mask)
     implementation = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
-    handle = model.base_model.register_forward_pre_hook(_give_cache(config, context), with_kwargs=True)
-    _patched[model] = implementation, handle
+    offloaded: WeakSet[HipCache] = WeakSet()
+    handle = model.base_model.register_forward_pre_hook(
+        _give_cache(config, context, offload, offloaded), with_kwargs=True
+    )
+    _patched[model] = implementation, handle, offloaded
     return model
 
 
 def unpatch(model: Model) -> Model:
-    """Give a model its own attention back; nothing happens to one that is not patched."""
+    """Give a model its own attention back, and host memory that its caches hold; nothing happens to one that is not
+    patched."""
     if model in _patched:
-        implementation, handle = _patched.pop(model)
+        implementation, handle, offloaded = _patched.pop(model)
         handle.remove()
+        for cache in list(offloaded):
+            cache.close()
         model.set_attn_implementation(implementation)  # type: ignore[operator]
     return model
 
@@ -99,7 +113,9 @@ def _check_model(model: nn.Module) -> None:
         raise CheckpointError(f"{name}: the model does not attend causally (is_causal false).")
 
 
-def _give_cache(config: HipConfig, max_context: int | None) -> Callable[..., Any]:
+def _give_cache(
+    config: HipConfig, max_context: int | None, offload: Offload | None, offloaded: WeakSet[HipCache]
+) -> Callable[..., Any]:
     """The hook: calls get a HipCache, in place of the empty DynamicCache that generate() brings."""
 
     def hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -119,7 +135,9 @@ def _give_cache(config: HipConfig, max_context: int | None) -> Callable[..., Any
                 )
             use_cache = kwargs.get("use_cache")
             keep = cache is not None or (model_config.use_cache if use_cache is None else use_cache)
-            cache = HipCache(model_config, config)
+            cache = HipCache(model_config, config, offload=offload)
+            if offload:
+                offloaded.add(cache)
             if keep:
                 kwargs["past_key_values"] = cache
         if max_context is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from hip_trt import operator, ops  # noqa: F401  (importing ops registers torch.ops.hip_trt)
 from hip_trt.config import HipConfig
 from hip_trt.errors import RuntimeInputError
+from hip_trt.offload import Geometry, Offload, OffloadedCache
 
 
 class HipCache(Cache):  # type: ignore[misc]
@@ -21,12 +23,83 @@ class HipCache(Cache):  # type: ignore[misc]
         model_config: the model's.
         config: how attention is pruned.
         max_tokens: tokens per sequence to allocate at once; by default, pages are added as sequences grow.
+        offload: keep the pages in host memory, served by so much of the GPU's; None: on the GPU. Growing takes long
+            there: give ``max_tokens`` where it is known.
     """
 
-    def __init__(self, model_config: PreTrainedConfig, config: HipConfig, *, max_tokens: int = 0) -> None:
+    def __init__(
+        self, model_config: PreTrainedConfig, config: HipConfig, *, max_tokens: int = 0, offload: Offload | None = None
+    ) -> None:
+        number = model_config.num_hidden_layers
+        self._host_pools = _HostPools(config, offload, number) if offload else None
         super().__init__(
-            layers=[HipLayer(config, layer, max_tokens=max_tokens) for layer in range(model_config.num_hidden_layers)]
+            layers=[HipLayer(config, layer, max_tokens=max_tokens, host_pools=self._host_pools)
+                    for layer in range(number)]
         )
+
+    @property
+    def offloaded(self) -> OffloadedCache | None:
+        """The pages in host memory, with what their caches count; None before the first call, or without offload."""
+        return self._host_pools.cache if self._host_pools else None
+
+    def close(self) -> None:
+        """Give host memory back now; it goes with the object else. The cache cannot be used any more."""
+        if self._host_pools:
+            self._host_pools.close()
+            for layer in self.layers:
+                layer.drop_pools()
+
+
+@dataclass
+class _HostPools:
+    """Pools in host memory that the layers of a cache share; made by the first layer that is called.
+
+    Attributes:
+        cache: None until then.
+        closed: no call may use it any more.
+    """
+
+    config: HipConfig
+    offload: Offload
+    num_layers: int
+    cache: OffloadedCache | None = None
+    closed: bool = False
+
+    def reserve(self, key: Tensor, num_masks: int, slots: int) -> None:
+        """Have room for so many pages a sequence, in all layers, before the first of them writes.
+
+        Args:
+            key: [B, Hkv, S, D], for its type, device and sizes.
+        """
+        if self.closed:
+            raise RuntimeInputError("past_key_values: its host memory has been released.", "Begin with a new cache.")
+        batch, kv_heads, _, head_dim = key.shape
+        if self.cache is None:
+            geometry = Geometry(
+                self.num_layers, kv_heads, num_masks, head_dim, key.dtype, batch, batch * slots, slots, self.config
+            )
+            self.cache = OffloadedCache(geometry, self.offload, device=key.device)
+        else:
+            self.cache.grow(batch * slots, slots)
+
+    def begin(self, layer: int, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """A layer's pools for a call. They may have moved since the last one, as another layer has made them grow."""
+        assert self.cache is not None
+        self.cache.prepare(prefill=tokens > 1)
+        if layer == 0 and tokens == 1:
+            self.cache.count_tokens(batch)
+        return self.cache.pools(layer)
+
+    def __deepcopy__(self, memo: Any) -> _HostPools:
+        raise RuntimeInputError(
+            "past_key_values: a cache in host memory cannot be copied.",
+            "Compute the prefix again, or leave offload out.",
+        )
+
+    def close(self) -> None:
+        self.closed = True
+        if self.cache is not None:
+            self.cache.close()
 
 
 class HipLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -44,14 +117,18 @@ class HipLayer(CacheLayerMixin):  # type: ignore[misc]
     lengths: Tensor
     nodes: Tensor
     page_table: Tensor
+    is_initialized: bool
     is_compileable = False
     is_croppable = False
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, config: HipConfig, layer: int, *, max_tokens: int = 0) -> None:
+    def __init__(
+        self, config: HipConfig, layer: int, *, max_tokens: int = 0, host_pools: _HostPools | None = None
+    ) -> None:
         super().__init__()
         self.config = config
+        self._host_pools = host_pools
         self._layer = layer
         self._min_slots = -(-max_tokens // config.page_size)
         self._columns = 0  # tokens seen, padding included: an upper bound of lengths that the host knows
@@ -77,7 +154,7 @@ class HipLayer(CacheLayerMixin):  # type: ignore[misc]
                 f"past_key_values: the cache holds {self.lengths.shape[0]} sequences, the call has {batch}.",
                 "Use a new cache for another batch.",
             )
-        self._reserve(self._columns + tokens)
+        self._reserve(self._columns + tokens, key)
         if tokens > 1:
             self._steps = 0
         refresh = torch.full((1,), int(self._steps == 0), dtype=torch.int32, device=query.device)
@@ -89,6 +166,8 @@ class HipLayer(CacheLayerMixin):  # type: ignore[misc]
             if tokens > 1:  # the operator takes padding on the right
                 order = valid.logical_not().argsort(dim=1, stable=True)[:, None, :, None]
                 query, key, value = (tensor.gather(2, order.expand_as(tensor)) for tensor in (query, key, value))
+        if self._host_pools:
+            self.keys, self.values = self._host_pools.begin(self._layer, batch, tokens)
         output: Tensor = torch.ops.hip_trt.attention_(
             query, key, value, self.keys, self.values, self.page_table, self.lengths, counts, self.nodes, refresh,
             **operator.attributes(self.config, scale=scale, layer=self._layer),
@@ -111,12 +190,18 @@ class HipLayer(CacheLayerMixin):  # type: ignore[misc]
         self._lay_out_pages(batch, 0)
         self.is_initialized = True
 
-    def _reserve(self, tokens: int) -> None:
-        """Make room for this many tokens per sequence; an eighth more than asked, to grow seldom."""
+    def _reserve(self, tokens: int, key: Tensor) -> None:
+        """Make room for this many tokens per sequence; for more than asked, to grow seldom: an eighth, or half where
+        growing means to lock host memory."""
         held, needed = self.page_table.shape[1], -(-tokens // self.config.page_size)
         if needed <= held:
             return
-        batch, slots = self.lengths.shape[0], max(needed, self._min_slots, held + held // 8)
+        batch = self.lengths.shape[0]
+        slots = max(needed, self._min_slots, held + held // (2 if self._host_pools else 8))
+        if self._host_pools:
+            self._host_pools.reserve(key, self.nodes.shape[1], slots)
+            self._lay_out_pages(batch, slots)
+            return
         new = self.keys.new_empty(((slots - held) * batch, *self.keys.shape[1:]))
         self.keys, self.values = torch.cat([self.keys, new]), torch.cat([self.values, new])
         self._lay_out_pages(batch, slots)
@@ -125,6 +210,10 @@ class HipLayer(CacheLayerMixin):  # type: ignore[misc]
         device = self.keys.device
         sequences = torch.arange(batch, dtype=torch.int32, device=device)
         self.page_table = sequences[:, None] + batch * torch.arange(slots, dtype=torch.int32, device=device)
+
+    def drop_pools(self) -> None:
+        """Their memory is given back: no tensor of it may stay."""
+        self.keys = self.values = torch.empty(0)
 
     # The interface of a transformers cache layer.
 
@@ -168,7 +257,10 @@ class HipLayer(CacheLayerMixin):  # type: ignore[misc]
             return
         indices = indices.to(self.lengths.device)
         pages = self.page_table[indices].t().flatten()
-        self.keys, self.values = self.keys[pages], self.values[pages]
+        if self._host_pools and self._host_pools.cache:
+            self.keys, self.values = self._host_pools.cache.select(self._layer, indices, len(self.lengths))
+        else:
+            self.keys, self.values = self.keys[pages], self.values[pages]
         self.lengths, self.nodes = self.lengths[indices], self.nodes[indices]
         self._lay_out_pages(len(indices), self.page_table.shape[1])
 

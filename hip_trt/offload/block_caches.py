@@ -128,22 +128,21 @@ class BlockCaches:
         pages, heads, page_size, head_dim = key_pool.shape
         in_pool = pages * heads * page_size // config.block_k
         self.block_bytes = config.block_k * head_dim * key_pool.element_size()
-        self.key_pool, self.value_pool, self.staging = key_pool, value_pool, staging
+        self.key_pool, self.value_pool = key_pool, value_pool
+        self.staging: Staging | None = None
         self._library = library
         self._counters = torch.zeros(1 + 2 * len(fields(CacheCounts)), dtype=torch.int64, device=device)
         self._memory = [
-            self._allocate(min(blocks, -(-in_pool // WAYS) * WAYS), in_pool, device) for blocks in (key_blocks, value_blocks)
+            self._allocate(min(blocks, -(-in_pool // WAYS) * WAYS), in_pool, device)
+            for blocks in (key_blocks, value_blocks)
         ]
         keys, values = (
             _BlockCacheStruct(*(tensor.data_ptr() if len(owners) else None for tensor in (rows, owners, hints)),
                               len(owners))
             for rows, owners, hints in self._memory
         )
-        library.attach_offload(_OffloadStruct(
-            key_pool.data_ptr(), value_pool.data_ptr(), keys, values, self._counters.data_ptr(),
-            *((staging.keys.data_ptr(), staging.values.data_ptr(), staging.table.data_ptr(), len(staging.table))
-              if staging else (None, None, None, 0)),
-        ))
+        self._caches = keys, values
+        self.set_staging(staging)
 
     def _allocate(self, blocks: int, in_pool: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, owners and hints."""
@@ -170,6 +169,15 @@ class BlockCaches:
         numbers = [int(number) for number in self._counters[1:].tolist()]
         half = len(numbers) // 2
         return CacheCounts(*numbers[:half]), CacheCounts(*numbers[half:])
+
+    def set_staging(self, staging: Staging | None) -> None:
+        """Have prefill attend from other GPU memory, or from the pools, from now on; the caches stay as they are."""
+        self.staging = staging
+        self._library.attach_offload(_OffloadStruct(
+            self.key_pool.data_ptr(), self.value_pool.data_ptr(), *self._caches, self._counters.data_ptr(),
+            *((staging.keys.data_ptr(), staging.values.data_ptr(), staging.table.data_ptr(), len(staging.table))
+              if staging else (None, None, None, 0)),
+        ))
 
     def forget(self) -> None:
         """Empty both caches: for rows that were written by other means than the operator."""

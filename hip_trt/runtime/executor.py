@@ -52,3 +52,8 @@ class Executor(Protocol):
                 pool; so may present nodes.
         """
         ...
+
+    def forget_calls(self) -> None:
+        """Drop what was kept of earlier calls, such as captured graphs: pools in host memory have come or gone, and new
+        ones may have the addresses of old ones, but other caches."""
+        ...

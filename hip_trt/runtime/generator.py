@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from hip_trt.errors import EnvironmentProblem, RuntimeInputError
 from hip_trt.evaluate.likelihood import LogLikelihood
+from hip_trt.offload import Offload, OffloadStats
 from hip_trt.runtime.executor import Executor
 from hip_trt.runtime.sampling import Sampler, sampling_config
 from hip_trt.runtime.session import Session
@@ -98,7 +99,8 @@ class Generation:
 class Stream(Iterator[Step]):
     """Iterator over the steps of a generation; :attr:`stats` is up to date after each.
 
-    Nothing is computed before the first step is asked for; abandoning the iterator stops the generation.
+    Nothing is computed before the first step is asked for; abandoning the iterator stops the generation. A session that
+    was made for it alone gives its memory back at the last step, at an error, or when the iterator goes.
     """
 
     def __init__(
@@ -110,7 +112,10 @@ class Stream(Iterator[Step]):
         *,
         max_new_tokens: int,
         stop_tokens: frozenset[int],
+        owns_session: bool,
     ) -> None:
+        self._owns_session = owns_session
+        self._offload_stats: OffloadStats | None = None
         self.stats = Stats(sequences=len(prompts))
         self.prompts = tuple(tuple(prompt) for prompt in prompts)
         self._session = session
@@ -126,7 +131,22 @@ class Stream(Iterator[Step]):
     def __next__(self) -> Step:
         return next(self._steps)
 
+    @property
+    def offload_stats(self) -> OffloadStats | None:
+        """What the caches of the KV cache in host memory did, so far or to the end; None without offload."""
+        offloaded = self._session.state.offloaded
+        return self._offload_stats if offloaded is None or offloaded.closed else offloaded.stats()
+
     def _run(self) -> Iterator[Step]:
+        try:
+            yield from self._generate()
+            if self._owns_session:
+                self._offload_stats = self.offload_stats
+        finally:
+            if self._owns_session:
+                self._session.close()
+
+    def _generate(self) -> Iterator[Step]:
         stats, session = self.stats, self._session
         start = time.perf_counter()
         history = [list(prompt) for prompt in self.prompts]
@@ -195,6 +215,8 @@ class Generator:
             the context that the model was trained for.
         prefill_chunk: see :class:`Session`.
         refresh_interval: decode steps from one mask search from the top to the next; by default the model's.
+        offload: keep KV caches in host memory, served by so much of the GPU's; None: on the GPU. Results are the same
+            bits.
 
     Raises:
         RuntimeInputError: if a size is beyond the executor's limits.
@@ -209,8 +231,10 @@ class Generator:
         max_seq_len: int | None = None,
         prefill_chunk: int | None = None,
         refresh_interval: int | None = None,
+        offload: Offload | None = None,
     ) -> None:
         self.executor = executor
+        self.offload = offload
         self.tokenizer = tokenizer
         self.generation_config = generation_config
         self._max_seq_len = max_seq_len
@@ -234,7 +258,7 @@ class Generator:
         """Sequences whose cache outlives a call of :meth:`stream`, for conversations and shared prefixes."""
         return Session(
             self.executor, batch=batch, max_seq_len=max_seq_len or self.max_seq_len, pages=pages,
-            prefill_chunk=self._prefill_chunk, refresh_interval=self._refresh_interval,
+            prefill_chunk=self._prefill_chunk, refresh_interval=self._refresh_interval, offload=self.offload,
         )
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -306,6 +330,7 @@ class Generator:
         elif max_new_tokens < 1:
             raise RuntimeInputError(f"max_new_tokens: {max_new_tokens} is not allowed.", "It must be at least 1.")
         _check_room(ids, max_new_tokens, capacity)
+        owns_session = session is None
         if session is None:
             session = self._session_for([len(prompt) + max_new_tokens for prompt in ids])
         elif session.batch != len(ids):
@@ -318,7 +343,8 @@ class Generator:
         )
         streamers = [TextStreamer(self.tokenizer, prompt[-4:]) for prompt in ids] if self.tokenizer else None
         return Stream(
-            session, ids, sampler, streamers, max_new_tokens=max_new_tokens, stop_tokens=frozenset(stop_tokens)
+            session, ids, sampler, streamers, max_new_tokens=max_new_tokens, stop_tokens=frozenset(stop_tokens),
+            owns_session=owns_session,
         )
 
     def generate(
@@ -371,8 +397,9 @@ class Generator:
             )
         likelihood = LogLikelihood(tokens, skip=skip)
         _check_room([tokens], 0, self.max_seq_len)
-        for chunk in self._session_for([len(tokens)]).prefill([tokens]):
-            likelihood.add(chunk.logits[0, : chunk.counts[0]], chunk.starts[0])
+        with self._session_for([len(tokens)]) as session:
+            for chunk in session.prefill([tokens]):
+                likelihood.add(chunk.logits[0, : chunk.counts[0]], chunk.starts[0])
         return likelihood.perplexity
 
     def chat(self, system: str | None = None, *, max_seq_len: int | None = None) -> Chat:
@@ -421,6 +448,15 @@ class Chat:
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system is not None else []
         self._session = generator.session(max_seq_len=max_seq_len)
         self.stats = Stats()
+
+    @property
+    def offload_stats(self) -> OffloadStats | None:
+        """What the caches of the KV cache in host memory did in the whole conversation; None without offload."""
+        return self._session.state.offloaded.stats() if self._session.state.offloaded else None
+
+    def close(self) -> None:
+        """Give host memory back now; it goes with the object else."""
+        self._session.close()
 
     def send(self, text: str, **options: Any) -> TextPieces:
         """Say something, and stream the reply.

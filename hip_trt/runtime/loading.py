@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig
 
-from hip_trt.errors import EngineError, EnvironmentProblem
+from hip_trt.errors import EngineError, EnvironmentProblem, RuntimeInputError
+from hip_trt.offload import Offload
 from hip_trt.runtime.executor import Executor
 from hip_trt.runtime.generator import Generator
 
@@ -20,6 +21,7 @@ def load(
     max_seq_len: int | None = None,
     prefill_chunk: int | None = None,
     refresh_interval: int | None = None,
+    offload: Offload | None = None,
 ) -> Generator:
     """Load an exported model, with the tokenizer and the generation config beside it.
 
@@ -27,7 +29,7 @@ def load(
         path: .onnx (ONNX Runtime, on the CPU) or .plan (TensorRT, on a GPU).
         tokenizer: folder of another tokenizer than the one beside the model.
         threads: CPU threads, for .onnx.
-        max_seq_len, prefill_chunk, refresh_interval: see :class:`Generator`.
+        max_seq_len, prefill_chunk, refresh_interval, offload: see :class:`Generator`.
 
     Returns:
         A generator; without a tokenizer it takes prompts as token ids.
@@ -35,6 +37,7 @@ def load(
     Raises:
         EngineError: if the file is missing, damaged, or not from hip-trt.
         EnvironmentProblem: if what is needed to run it is not there.
+        RuntimeInputError: if ``offload`` is given for a .onnx.
 
     Example:
         >>> generator = load("build/model.onnx")                                    # doctest: +SKIP
@@ -44,6 +47,11 @@ def load(
     path = Path(path)
     executor: Executor
     if path.suffix == ".onnx":
+        if offload:
+            raise RuntimeInputError(
+                f"{path}: ONNX Runtime runs it on the CPU, where the KV cache is in host memory already.",
+                "Leave offload out (--offload), or run an engine plan on a GPU.",
+            )
         from hip_trt.runtime.onnxruntime import OrtExecutor
 
         executor = OrtExecutor(path, threads=threads)
@@ -56,7 +64,7 @@ def load(
     return Generator(
         executor, load_tokenizer(path.parent if tokenizer is None else tokenizer, required=tokenizer is not None),
         load_generation_config(path.parent), max_seq_len=max_seq_len, prefill_chunk=prefill_chunk,
-        refresh_interval=refresh_interval,
+        refresh_interval=refresh_interval, offload=offload,
     )
 
 

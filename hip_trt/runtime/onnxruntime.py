@@ -82,6 +82,10 @@ class OrtExecutor:
         for target, source in copies:
             target.copy_(source)
 
+    def forget_calls(self) -> None:
+        """See :class:`~hip_trt.runtime.executor.Executor`."""
+        self._bindings.clear()
+
     def _binding(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> _Binding:
         """A binding of these addresses and shapes; decode steps, which repeat them, get the same one again."""
         key = tuple((tensor.data_ptr(), tensor.shape) for tensor in (*inputs.values(), *outputs.values()))

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from hip_trt import operator as names
 from hip_trt.errors import RuntimeInputError
+from hip_trt.offload import Offload
 from hip_trt.runtime.executor import Executor
+from hip_trt.runtime.pages import pages_for
 from hip_trt.runtime.state import KVState
 
 DEFAULT_PREFILL_CHUNK = 512
@@ -51,6 +53,8 @@ class Session:
         prefill_chunk: most new tokens per sequence and prefill call, rounded down to a multiple of block_q, so that
             query blocks are the same for every chunk size; by default 512, or what the executor allows.
         refresh_interval: decode steps from one search from the top to the next; by default the model's.
+        offload: keep the KV cache in host memory, served by so much of the GPU's; None: on the GPU. Results are the
+            same bits. :meth:`close` gives the memory back; it goes with the object else.
 
     Attributes:
         state: the KV cache and tree nodes.
@@ -58,7 +62,9 @@ class Session:
         refreshed: whether the last decode step searched from the top.
 
     Raises:
-        RuntimeInputError: if a size is beyond the executor's limits.
+        RuntimeInputError: if a size is beyond the executor's limits, memory does not suffice, or the executor does not
+            run on a GPU and so has nothing to offload.
+        EnvironmentProblem: if host memory cannot be locked.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class Session:
         pages: int | None = None,
         prefill_chunk: int | None = None,
         refresh_interval: int | None = None,
+        offload: Offload | None = None,
     ) -> None:
         spec, limits = executor.spec, executor.limits
         for name, value, limit in (
@@ -86,13 +93,18 @@ class Session:
             raise RuntimeInputError(f"refresh_interval: {refresh_interval} is not allowed.", "It must be at least 1.")
         if prefill_chunk is not None and prefill_chunk < 1:
             raise RuntimeInputError(f"prefill_chunk: {prefill_chunk} is not allowed.", "It must be at least 1.")
-        self.executor = executor
-        self.state = KVState(spec, executor.device, batch=batch, max_seq_len=max_seq_len, pages=pages)
-        if limits.max_pages is not None and self.state.num_pages > limits.max_pages:
+        wanted = batch * pages_for(max_seq_len, spec.hip.page_size) if pages is None else pages
+        if limits.max_pages is not None and wanted > limits.max_pages:
             raise RuntimeInputError(
-                f"pages: {self.state.num_pages} are more than the engine allows ({limits.max_pages}).",
+                f"pages: {wanted} are more than the engine allows ({limits.max_pages}).",
                 "Lower max_seq_len or the batch, or build the engine with larger limits.",
             )
+        self.executor = executor
+        self.state = KVState(
+            spec, executor.device, batch=batch, max_seq_len=max_seq_len, pages=pages, offload=offload
+        )
+        if offload:
+            executor.forget_calls()
         chunk = prefill_chunk or limits.max_prefill or DEFAULT_PREFILL_CHUNK
         self._chunk = max(chunk // spec.hip.block_q * spec.hip.block_q, min(chunk, spec.hip.block_q))
         self._refresh_interval = refresh_interval or spec.hip.refresh_interval
@@ -171,6 +183,9 @@ class Session:
         self._input_ids.copy_(torch.tensor([[token or 0] for token in tokens]))
         self._query_lengths.copy_(torch.tensor([token is not None for token in tokens], dtype=torch.int32))
         self._refresh_mask.fill_(int(self.refreshed))
+        if self.state.offloaded:
+            self.state.offloaded.prepare(prefill=False)
+            self.state.offloaded.count_tokens(len(rows))
         self.executor.run(*self._decode)
         self.state.advance(rows, [1] * len(rows))
         for row in rows:
@@ -198,6 +213,19 @@ class Session:
         self.tokens[row] = self.tokens[source][:shared]
         return shared
 
+    def close(self) -> None:
+        """Give host memory back; nothing happens where there is none. No call can be made any more."""
+        if self.state.offloaded and not self.state.offloaded.closed:
+            self.state.close()
+            self._decode = {}, {}
+            self.executor.forget_calls()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _prefill_chunks(self, tokens: Sequence[Sequence[int]]) -> Iterator[Chunk]:
         state, spec, device = self.state, self.executor.spec, self.executor.device
         done = [0] * self.batch
@@ -213,6 +241,8 @@ class Session:
                 len(rows), width if spec.logits == "all" else 1, spec.vocab_size, dtype=torch.float32, device=device
             )
             self._refresh_mask.fill_(1)
+            if state.offloaded:
+                state.offloaded.prepare(prefill=True)
             self.executor.run(*self._graph(
                 torch.tensor([part + [0] * (width - len(part)) for part in parts], device=device),
                 state.page_table[index], state.past_lengths[index],

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hip_trt.errors import RuntimeInputError
+from hip_trt.offload import Geometry, Offload, OffloadedCache
 from hip_trt.runtime.pages import NO_PAGE, PageAllocator, check_page_table, pages_for
 from hip_trt.spec import ModelSpec
 
@@ -24,19 +25,23 @@ class KVState:
         batch: B.
         max_seq_len: most tokens per sequence; rounded up to whole pages.
         pages: P, pages in each layer's pool; by default, enough for every sequence to reach max_seq_len.
+        offload: keep the pools in host memory, served by so much of the device's; None: on the device.
 
     Attributes:
+        offloaded: the pools in host memory, with what their caches count; None without ``offload``.
         keys, values: per layer, [P, Hkv, page_size, D]. Rows that no sequence has committed are undefined.
         nodes: per layer, [B, Hm, Kd] int32.
         page_table: [B, M] int32.
         past_lengths: [B] int32, the device's copy of :attr:`lengths`.
 
     Raises:
-        RuntimeInputError: if the pools do not fit in memory.
+        RuntimeInputError: if the pools do not fit in memory, or ``device`` is no GPU to offload.
+        EnvironmentProblem: if host memory cannot be locked.
     """
 
     def __init__(
-        self, spec: ModelSpec, device: torch.device, *, batch: int, max_seq_len: int, pages: int | None = None
+        self, spec: ModelSpec, device: torch.device, *, batch: int, max_seq_len: int, pages: int | None = None,
+        offload: Offload | None = None,
     ) -> None:
         for name, value in (("batch", batch), ("max_seq_len", max_seq_len), ("pages", 1 if pages is None else pages)):
             if value < 1:
@@ -44,8 +49,19 @@ class KVState:
         self.page_size = spec.hip.page_size
         slots = pages_for(max_seq_len, self.page_size)
         pages = batch * slots if pages is None else pages
-        self.keys = _allocate_pools(spec, pages, device)
-        self.values = _allocate_pools(spec, pages, device)
+        self.offloaded: OffloadedCache | None = None
+        if offload:
+            self.offloaded = OffloadedCache(
+                Geometry(
+                    spec.num_layers, spec.num_key_value_heads, spec.num_masks, spec.head_dim, spec.torch_dtype, batch,
+                    pages, slots, spec.hip,
+                ),
+                offload, device=device,
+            )
+            self.keys, self.values = self.offloaded.keys, self.offloaded.values
+        else:
+            self.keys = _allocate_pools(spec, pages, device)
+            self.values = _allocate_pools(spec, pages, device)
         self.nodes = [
             torch.full(spec.nodes_shape(batch), -1, dtype=torch.int32, device=device) for _ in range(spec.num_layers)
         ]
@@ -110,6 +126,8 @@ class KVState:
         self._lengths = lengths
         self.past_lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
         self._rows = [[page for page in row if page != NO_PAGE] for row in rows]
+        if self.offloaded:
+            self.offloaded.forget()  # the caller may have written the pages by any means
         self._write_table(range(self.batch))
 
     def reserve(self, wanted: Sequence[int]) -> None:
@@ -195,6 +213,12 @@ class KVState:
         self._write_table([row])
         return self._lengths[row]
 
+    def close(self) -> None:
+        """Give host memory back now; it goes with the object else. Calls cannot use the state any more."""
+        if self.offloaded:
+            self.offloaded.close()
+            self.keys, self.values = [], []
+
     def _own_page(self, row: int, slot: int) -> None:
         """Replace a shared page of the sequence by a copy of its own."""
         assert self._allocator is not None
@@ -207,6 +231,8 @@ class KVState:
         (copy,) = self._allocator.allocate(1)
         for pool in (*self.keys, *self.values):
             pool[copy] = pool[held[slot]]
+        if self.offloaded:
+            self.offloaded.forget()  # what was cached of the page before
         self._allocator.release([held[slot]])
         held[slot] = copy
 

@@ -199,6 +199,10 @@ class TensorRTExecutor:
             else:
                 self._decode(inputs, outputs)
 
+    def forget_calls(self) -> None:
+        """See :class:`~hip_trt.runtime.executor.Executor`."""
+        self._decoders.clear()
+
     def _decode(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         key = tuple((tensor.data_ptr(), tensor.shape) for tensor in (*inputs.values(), *outputs.values()))
         decoder = self._decoders.get(key)
