@@ -147,7 +147,7 @@ def _open_gguf(path: Path, max_context: int | None) -> Checkpoint:
 
 def _check(config: PreTrainedConfig, where: str, max_context: int | None) -> tuple[int, tuple[str, ...]]:
     """Refuse what HiP cannot represent; see :func:`resolve_context`."""
-    check_model(config, where)
+    check_model(config, where, traced=True)
     return resolve_context(config, where, max_context, option="--max-context {}", static=True)
 
 

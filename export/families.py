@@ -87,8 +87,8 @@ def find_family(fields: Mapping[str, Any], where: str) -> Family:
         for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
             register_family(entry.load())
     if architecture not in FAMILIES:
-        what = unsupported(fields.get)
-        because = f": it {what}, which HiP does not support" if what else ""
+        what = unsupported(fields.get, traced=True)
+        because = f": it {what}, which is not supported" if what else ""
         raise CheckpointError(
             f"{where}: the architecture is {architecture}, which cannot be exported{because}.",
             f"Supported: {', '.join(FAMILIES)}." + ("" if what else " docs/adding_a_family.md says how to add one."),

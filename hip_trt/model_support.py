@@ -94,30 +94,36 @@ def heads(config: PreTrainedConfig) -> Heads:
     return Heads(query, key_value, getattr(config, "head_dim", None) or config.hidden_size // query)
 
 
-def check_model(config: PreTrainedConfig, where: str) -> None:
-    """Refuse a model that computes attention in a way that HiP does not.
+def check_model(config: PreTrainedConfig, where: str, *, traced: bool) -> None:
+    """Refuse a model that computes attention in a way that HiP does not, or whose sizes contradict each other.
 
     Args:
         config: the model's.
         where: the model's name or file, for messages.
+        traced: whether its graph is to be traced, and not only run in eager mode.
 
     Raises:
         CheckpointError: naming what the model has.
     """
-    found = unsupported(lambda field: getattr(config, field, None))
+    def get(field: str) -> Any:
+        return getattr(config, field, None)
+
+    found = unsupported(get, traced=traced)
     if found is not None:
-        raise CheckpointError(f"{where}: the model {found}, which HiP does not support.", _ATTENDS)
+        raise CheckpointError(f"{where}: the model {found}, which is not supported.", _ATTENDS)
+    check_sizes(get, where)  # those that the file leaves to defaults too
 
 
-def unsupported(get: Callable[[str], Any]) -> str | None:
+def unsupported(get: Callable[[str], Any], *, traced: bool) -> str | None:
     """What HiP cannot represent of a configuration, as a clause such as "is an encoder-decoder"; None for nothing.
 
     Args:
         get: gives a field of the configuration by its name; None where there is no such field.
+        traced: see :func:`check_model`.
     """
-    parts = [part for part in _PARTS if get(part) is not None]
+    parts = [part for part in _PARTS if get(part) is not None] or list(get("sub_configs") or ())
     kinds = sorted(set(get("layer_types") or ()) - set(_ATTENTION_TYPES))
-    experts = next((field for field in _EXPERTS if (get(field) or 0) > 1), None)
+    experts = next((field for field in _EXPERTS if traced and (get(field) or 0) > 1), None)
     alibi = get("alibi") or get("position_embedding_type") == "alibi" or dict(get("attn_config") or {}).get("alibi")
     for there, what in (
         (get("is_encoder_decoder"), "is an encoder-decoder"),

@@ -59,7 +59,7 @@ class Case:
             elif "embed_tokens" in name:
                 nn.init.normal_(parameter, std=0.5)
             else:  # keeps the size of what passes through, so that no layer's part is lost in another's
-                nn.init.normal_(parameter, std=2 * parameter.shape[1] ** -0.5)
+                nn.init.normal_(parameter, std=2 * parameter.shape[-1] ** -0.5)
         return model.eval()
 
 

@@ -116,6 +116,15 @@ def test_patched_model(case: Case) -> None:
         np.testing.assert_allclose(result.logits[0], expected[end - part.shape[1] : end], rtol=0, atol=1e-3)
 
 
+def test_patched_mixture_of_experts() -> None:
+    """It cannot be traced, but HiP does not care what follows attention."""
+    case = Case("Mixtral", "MixtralForCausalLM", {
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4})
+    model = case.model()
+    expected = logits(model, tokens(40))
+    np.testing.assert_allclose(logits(hip_trt.patch(model, DENSE), tokens(40)), expected, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("case", "special"), [(case, special) for case in CASES for special in case.special],
     ids=lambda value: value if isinstance(value, str) else value.name,
@@ -283,7 +292,7 @@ def test_architecture_that_is_refused(
     tmp_path: Path, architecture: str, fields: dict[str, Any], word: str
 ) -> None:
     message = refused(tmp_path, {"architectures": [architecture], **fields}, architecture, word, "Supported: Llama")
-    assert ("which HiP does not support" in message) == ("docs" not in word)
+    assert ("which is not supported" in message) == ("docs" not in word)
 
 
 def refused(path: Path, fields: dict[str, Any], *words: str, **options: Any) -> str:
@@ -314,6 +323,11 @@ def test_context_beyond_the_model_is_refused(tmp_path: Path, max_context: int) -
 ])
 def test_heads_that_cannot_be(tmp_path: Path, fields: dict[str, Any], words: list[str]) -> None:
     refused(tmp_path, {**SMALL["Llama"], **fields}, "config.json", *words)
+
+
+def test_heads_left_to_defaults_that_cannot_be(tmp_path: Path) -> None:
+    fields = {key: value for key, value in SMALL["Mistral"].items() if key != "num_key_value_heads"}
+    refused(tmp_path, fields, "num_key_value_heads 8 does not divide num_attention_heads 4")
 
 
 @pytest.mark.parametrize(("fields", "weight"), [

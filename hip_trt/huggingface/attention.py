@@ -108,7 +108,7 @@ def _check_model(model: nn.Module) -> None:
             f"{name} does not use transformers' attention interface.",
             "Give a transformers model, such as LlamaForCausalLM.",
         )
-    check_model(model.config, name)
+    check_model(model.config, name, traced=False)
     if not all(getattr(part, "is_causal", True) for part in model.modules()):
         raise CheckpointError(f"{name}: the model does not attend causally (is_causal false).")
 
