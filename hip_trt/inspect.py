@@ -188,4 +188,5 @@ def _parameters(graph: onnx.GraphProto) -> Parameters:
 def _bits(data_type: int) -> int:
     if data_type == onnx.TensorProto.INT4:
         return 4
-    return 8 * onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize
+    size: int = onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize
+    return 8 * size

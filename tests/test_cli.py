@@ -192,7 +192,8 @@ def test_export_stops_at_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p
     del seen["steps"]
     assert seen == {
         "model": "org/name", "out": tmp_path / "tiny.onnx", "config": HipConfig.create(mask_k=64), "logits": "all",
-        "dtype": "bfloat16", "allow_download": True, "max_context": 100, "copy_weights": True, "quantize": None, "check": None,
+        "dtype": "bfloat16", "allow_download": True, "max_context": 100, "copy_weights": True, "quantize": None,
+        "check": None,
     }
 
 
