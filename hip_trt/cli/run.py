@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hip_trt.cli.console import Verbose, set_verbose
+from hip_trt.cli.offload_report import Report, offload_of
 from hip_trt.errors import RuntimeInputError
 
 if TYPE_CHECKING:
+    from hip_trt.offload import OffloadStats
     from hip_trt.runtime import Generator, Stats
 
 _SAMPLING = "Sampling (by default as the model's generation_config.json says, else greedy)"
+_OFFLOAD = "KV cache in host memory (docs/offload.md; results are the same bits)"
 _INTERACTIVE_SEQ_LEN = 8192
 _BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 _INTERRUPTED = 130
@@ -81,7 +84,37 @@ def run(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.", rich_help_panel=_SAMPLING)]
     = None,
-    stats: Annotated[bool, typer.Option("--stats", help="Print speeds and counts on standard error.")] = False,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep the KV cache in host memory, and on the GPU only what decode steps "
+                           "touch often: for contexts larger than GPU memory. The same plan serves both.",
+                           rich_help_panel=_OFFLOAD)
+    ] = False,
+    key_cache_mib: Annotated[
+        float | None, typer.Option("--key-cache-mib", help="GPU memory for hot keys, which the mask search reads most, "
+                                   "all layers together.", rich_help_panel=_OFFLOAD,
+                                   show_default="what a step reads, at least 3.9% of the full cache")
+    ] = None,
+    value_cache_mib: Annotated[
+        float | None, typer.Option("--value-cache-mib", help="GPU memory for hot values, which attention reads, all "
+                                   "layers together.", rich_help_panel=_OFFLOAD,
+                                   show_default="what a step reads, at least 1% of the full cache")
+    ] = None,
+    cache_share: Annotated[
+        float | None, typer.Option("--cache-share", help="Both together, as a share of the full cache, such as 0.05.",
+                                   rich_help_panel=_OFFLOAD)
+    ] = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Print speeds and counts on standard error; with --offload also a table of "
+                           "hit ratios, bytes over the bus, GPU and host bytes.")
+    ] = False,
+    stats_json: Annotated[
+        Path | None, typer.Option("--stats-json", metavar="FILE.json", help="Write the statistics of --offload, layer "
+                                  "by layer.", rich_help_panel=_OFFLOAD)
+    ] = None,
+    stats_plot: Annotated[
+        Path | None, typer.Option("--stats-plot", metavar="FILE.png", help="Plot hit ratios and bytes over the bus by "
+                                  "layer; needs matplotlib.", rich_help_panel=_OFFLOAD)
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Generate text with an exported model.
@@ -93,9 +126,16 @@ def run(
     text = _prompt(prompt, prompt_file)
     if raw and system is not None:
         raise typer.BadParameter("a system message needs the chat template; leave --raw out", param_hint="--system")
+    if not offload and (stats_json or stats_plot):
+        raise typer.BadParameter("there is nothing to write without --offload", param_hint="--stats-json, --stats-plot")
+    sizes = offload_of(
+        offload, key_cache_mib=key_cache_mib, value_cache_mib=value_cache_mib, cache_share=cache_share
+    )
+    report = Report(stats, stats_json, stats_plot)
     with _quiet_endings():
         generator = _load(
-            model, tokenizer=tokenizer, threads=threads, max_seq_len=max_seq_len, refresh_interval=refresh_interval
+            model, tokenizer=tokenizer, threads=threads, max_seq_len=max_seq_len, refresh_interval=refresh_interval,
+            offload=sizes,
         )
         options = {
             "max_new_tokens": max_new_tokens, "seed": seed, "temperature": temperature, "top_p": top_p, "top_k": top_k,
@@ -103,10 +143,10 @@ def run(
         }
         raw = raw or (system is None and not getattr(generator.tokenizer, "chat_template", None))
         if text is not None:
-            _once(generator, text, system=system, raw=raw, stats=stats, options=options)
+            _once(generator, text, system=system, raw=raw, report=report, options=options)
         else:
             _converse(
-                generator, system=system, raw=raw, stats=stats, options=options,
+                generator, system=system, raw=raw, report=report, options=options,
                 max_seq_len=max_seq_len or min(generator.max_seq_len, _INTERACTIVE_SEQ_LEN),
             )
 
@@ -144,19 +184,18 @@ def _load(model: Path, **options: Any) -> Generator:
 
 
 def _once(
-    generator: Generator, text: str, *, system: str | None, raw: bool, stats: bool, options: dict[str, Any]
+    generator: Generator, text: str, *, system: str | None, raw: bool, report: Report, options: dict[str, Any]
 ) -> None:
     """Answer one prompt, with a KV cache just large enough."""
     messages = [{"role": "system", "content": system}] if system is not None else []
     prompt = generator.encode(text) if raw else generator.encode_chat([*messages, {"role": "user", "content": text}])
     stream = generator.stream([prompt], **options)
     _write(step.texts[0] for step in stream)
-    if stats:
-        _report(stream.stats)
+    _report(report, stream.stats, stream.offload_stats)
 
 
 def _converse(
-    generator: Generator, *, system: str | None, raw: bool, stats: bool, options: dict[str, Any], max_seq_len: int
+    generator: Generator, *, system: str | None, raw: bool, report: Report, options: dict[str, Any], max_seq_len: int
 ) -> None:
     """Answer line by line until the input ends. Ctrl-C ends a reply; at the prompt, the conversation."""
     chat = None if raw else generator.chat(system, max_seq_len=max_seq_len)
@@ -167,12 +206,11 @@ def _converse(
             continue
         try:
             if chat is None:
-                _once(generator, text, system=None, raw=True, stats=stats, options=options)
+                _once(generator, text, system=None, raw=True, report=report, options=options)
                 continue
             with closing(chat.send(text, **options)) as pieces:
                 _write(pieces)
-            if stats:
-                _report(chat.stats)
+            _report(report, chat.stats, chat.offload_stats if report.wants_offload else None)
         except KeyboardInterrupt:
             sys.stdout.write("\n")
         except RuntimeInputError as error:
@@ -200,7 +238,14 @@ def _write(pieces: Iterable[str]) -> None:
     sys.stdout.flush()
 
 
-def _report(stats: Stats) -> None:
+def _report(report: Report, stats: Stats, offload: OffloadStats | None) -> None:
+    if report.stats:
+        _report_speed(stats)
+    if offload is not None:
+        report.offload(offload)
+
+
+def _report_speed(stats: Stats) -> None:
     reused = f" ({stats.reused_tokens:,} more were in the cache)" if stats.reused_tokens else ""
     decoded = stats.generated_tokens - stats.sequences
     _say(

@@ -120,7 +120,9 @@ def cache_sizes(offload: Offload, geometry: Geometry) -> CacheSizes:
             count = wanted * 2 * geometry.pool_blocks
         else:
             count = max(share * 2 * geometry.pool_blocks, need)
-        whole = math.ceil(count / WAYS) * WAYS if mib is None and wanted is None else int(count) // WAYS * WAYS
+        # What the user asked for is not exceeded, but by what makes a whole pool fit.
+        asked = mib is not None or wanted is not None
+        whole = (int(count) // WAYS if asked and count < geometry.pool_blocks else math.ceil(count / WAYS)) * WAYS
         blocks.append(whole)
         if whole < min(need, geometry.pool_blocks):
             enough = -(-need // WAYS) * WAYS * geometry.block_bytes * geometry.num_layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ class OffloadStats:
         above, below = figure.subplots(2, 1, sharex=True)
         for name, caches, color in (("keys", self.keys, "C0"), ("values", self.values, "C1")):
             layers = range(len(caches))
-            above.plot(layers, [100 * counts.hit_ratio for counts in caches], color, marker=".", label=name)
+            ratios = [100 * counts.hit_ratio if counts.lookups else math.nan for counts in caches]
+            above.plot(layers, ratios, color, marker=".", label=name)
             per_token = [counts.transfers * self.block_bytes / max(self.tokens, 1) / 1024 for counts in caches]
             below.plot(layers, per_token, color, marker=".", label=name)
         above.set_ylabel("hit ratio, %")
@@ -109,6 +111,7 @@ class OffloadStats:
             f"{self.host_bytes / 2**20:,.1f} MiB on the host"
         )
         above.legend()
+        below.xaxis.get_major_locator().set_params(integer=True)
         below.set(xlabel="layer", ylabel="KiB over the bus per token", ylim=(0, None))
         try:
             figure.savefig(path)
