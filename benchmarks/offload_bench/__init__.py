@@ -1,0 +1,1 @@
+"""Decode throughput with the KV cache in host memory: what :mod:`offload_decode` is made of."""

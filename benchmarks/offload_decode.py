@@ -1,0 +1,235 @@
+"""Decode throughput with the KV cache in GPU memory and in host memory, on the access pattern of real text.
+
+    python benchmarks/offload_decode.py --model SmolLM2-135M-Instruct.Q4_1.gguf [--lengths 16k 64k 128k] [--out DIR]
+
+A model of Llama-3.1-8B's geometry, batch 1, bfloat16: every matrix product of its layers with random weights, and
+HipAttention over rows that SmolLM2 gave on real text (offload_bench/recorded.py says how). For each length: resident,
+and offloaded with caches of --share of the resident cache, searched from the top in every step, and in every 8th and
+32nd. Steps are replayed CUDA graphs. Outputs and kept nodes of both are compared bit for bit, step by step, before
+timing. Writes offload_decode.json, .md and .png, after each length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from kernel_bench.environment import describe
+from offload_bench.decoder import HEAD_DIM, KV_HEADS, Decoder, Weights, fill_pools
+from offload_bench.recorded import STRETCH, Recording, load, real_text, record
+from torch import Tensor
+
+from hip_trt import library as binding
+from hip_trt.config import HipConfig
+from hip_trt.library import Library
+from hip_trt.offload.offloaded_cache import OffloadedCache
+from hip_trt.offload.settings import Offload
+from hip_trt.offload.sizes import Geometry
+from hip_trt.offload.statistics import OffloadStats
+
+BUS_BYTES_PER_S = 51e9
+"""Kernel reads of host memory, measured on an H200 in blocks of 1 KiB or more."""
+
+INTERVALS = (1, 8, 32)
+
+
+def measure(decoder: Decoder, interval: int, steps: int, warm_up: int, cache: OffloadedCache | None) -> dict[str, Any]:
+    """Tokens per second over ``steps`` steps after ``warm_up`` others, which fill the caches."""
+    decoder.restart()
+    for step in range(warm_up):
+        decoder.step(refresh=step % interval == 0)
+    if cache is not None:
+        cache.reset_stats()
+    event: Any = torch.cuda.Event  # has no types
+    start, end = event(enable_timing=True), event(enable_timing=True)
+    start.record()
+    for step in range(warm_up, warm_up + steps):
+        decoder.step(refresh=step % interval == 0)
+    end.record()
+    end.synchronize()
+    milliseconds = start.elapsed_time(end) / steps
+    result: dict[str, Any] = {"ms": milliseconds, "tokens_per_s": 1e3 / milliseconds}
+    if cache is not None:
+        cache.count_tokens(steps)
+        result |= report(cache.stats(), milliseconds)
+    return result
+
+
+def report(stats: OffloadStats, milliseconds: float) -> dict[str, Any]:
+    """What the caches did in the timed steps."""
+    return {
+        "key_hit_ratio": stats.all_keys.hit_ratio, "value_hit_ratio": stats.all_values.hit_ratio,
+        "bus_bytes_per_token": stats.bus_bytes_per_token,
+        "bus_share": stats.bus_bytes_per_token / (milliseconds * 1e-3) / BUS_BYTES_PER_S,
+        "gpu_bytes": stats.gpu_bytes, "host_bytes": stats.host_bytes,
+        "bypasses": stats.all_keys.bypasses + stats.all_values.bypasses,
+    }
+
+
+def same_bits(one: Decoder, other: Decoder, interval: int, steps: int) -> int:
+    """Steps after which outputs and nodes of both are equal, bit for bit; all of them, or it is an error."""
+    one.restart()
+    other.restart()
+    for step in range(steps):
+        for decoder in (one, other):
+            decoder.step(refresh=step % interval == 0)
+        if not (torch.equal(one.output.view(torch.int16), other.output.view(torch.int16))
+                and torch.equal(one.nodes, other.nodes)):
+            sys.exit(f"step {step}: offloaded and resident differ")
+    return steps
+
+
+def run_length(
+    library: Library, config: HipConfig, recording: Recording, tokens: int, layers: int, weights: list[Weights],
+    offload: Offload, options: argparse.Namespace,
+) -> dict[str, Any]:
+    """One length, resident and offloaded."""
+    device = torch.device("cuda")
+    committed = tokens - recording.steps
+    slots = tokens // config.page_size + 1
+    generator = torch.Generator().manual_seed(options.seed)
+    table = torch.randperm(slots, generator=generator).int().to(device)[None]
+    geometry = Geometry(layers, KV_HEADS, KV_HEADS, HEAD_DIM, torch.bfloat16, 1, slots, slots, config)
+    cut = Recording(recording.keys[:, -tokens:], recording.values[:, -tokens:], recording.queries)
+    row: dict[str, Any] = {"tokens": tokens, "layers": layers, "config": config.model_dump(mode="json"), "runs": {}}
+    resident: list[tuple[Tensor, Tensor]] = [
+        (torch.empty(geometry.pool_shape, dtype=torch.bfloat16, device=device),
+         torch.empty(geometry.pool_shape, dtype=torch.bfloat16, device=device)) for _ in range(layers)
+    ]
+    row["resident_bytes"] = sum(pool.nbytes for pair in resident for pool in pair)
+    begun = time.perf_counter()
+    with OffloadedCache(geometry, offload, device=device, library=library) as cache:
+        row["bank_s"] = time.perf_counter() - begun
+        fill_pools(cut, resident, table, committed)
+        for layer, pair in enumerate(resident):
+            for to, pool in zip(cache.pools(layer), pair, strict=True):
+                to.copy_(pool)
+        cache.forget()
+        decoders = [Decoder(library, config, cut, pools, weights, table, committed)
+                    for pools in (resident, [cache.pools(layer) for layer in range(layers)])]
+        row["equal_steps"] = same_bits(decoders[0], decoders[1], 8, min(options.checked, recording.steps))
+        warm_up = recording.steps - options.steps
+        for interval in INTERVALS:
+            runs = {"resident": measure(decoders[0], interval, options.steps, warm_up, None),
+                    "offloaded": measure(decoders[1], interval, options.steps, warm_up, cache)}
+            runs["offloaded"]["kept"] = runs["offloaded"]["tokens_per_s"] / runs["resident"]["tokens_per_s"]
+            row["runs"][str(interval)] = runs
+        del decoders
+    return row
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table, one line a length and interval."""
+    lines = [
+        "| tokens | leaf_branch | layers | searched every | resident, tokens/s | offloaded, tokens/s | kept "
+        "| GPU bytes of KV | key hits | value hits | MB over the bus per token | of the bus |", "|---" * 12 + "|",
+    ]
+    for row in rows:
+        for interval, runs in row["runs"].items():
+            one, other = runs["resident"], runs["offloaded"]
+            cells = [
+                f"{row['tokens'] // 1024}k", row["config"]["leaf_branch"], row["layers"], f"{interval} steps",
+                f"{one['tokens_per_s']:.1f}", f"{other['tokens_per_s']:.1f}", f"{other['kept']:.1%}",
+                f"{other['gpu_bytes'] / row['resident_bytes']:.1%}", f"{other['key_hit_ratio']:.1%}",
+                f"{other['value_hit_ratio']:.1%}", f"{other['bus_bytes_per_token'] / 1e6:.2f}",
+                f"{other['bus_share']:.0%}",
+            ]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Step time and GPU bytes over length."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    for leaf_branch in sorted({row["config"]["leaf_branch"] for row in rows}):
+        mine = [row for row in rows if row["config"]["leaf_branch"] == leaf_branch]
+        lengths = [row["tokens"] for row in mine]
+        for interval in map(str, INTERVALS):
+            for place, style in (("resident", "--"), ("offloaded", "-")):
+                left.plot(lengths, [row["runs"][interval][place]["ms"] / row["layers"] * 32 for row in mine], style,
+                          marker="o", label=f"{place}, every {interval}, leaf_branch {leaf_branch}")
+        right.plot(lengths, [row["resident_bytes"] / row["layers"] * 32 / 2**30 for row in mine], "--", marker="o",
+                   label=f"resident, leaf_branch {leaf_branch}")
+        right.plot(lengths, [row["runs"]["8"]["offloaded"]["gpu_bytes"] / row["layers"] * 32 / 2**30 for row in mine],
+                   marker="o", label=f"offloaded, leaf_branch {leaf_branch}")
+    left.set(xscale="log", xlabel="tokens", ylabel="ms per token, 32 layers", ylim=(0, None))
+    right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="GPU memory of KV, GiB, 32 layers")
+    for axes in (left, right):
+        axes.set_xticks(sorted({row["tokens"] for row in rows}),
+                        [f"{tokens // 1024}k" for tokens in sorted({row["tokens"] for row in rows})])
+        axes.set_xticks([], minor=True)
+        axes.grid(True, alpha=0.3)
+        axes.legend(fontsize=6)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def _length(text: str) -> int:
+    number = int(text.lower().removesuffix("k")) * (1024 if text.lower().endswith("k") else 1)
+    if number % STRETCH:
+        raise argparse.ArgumentTypeError(f"{text}: lengths are multiples of {STRETCH} tokens")
+    return number
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="SmolLM2-135M-Instruct as .gguf")
+    parser.add_argument("--library", type=Path, help="plugin library; the installed one by default")
+    parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
+    parser.add_argument("--lengths", type=_length, nargs="+", default=[n * 1024 for n in (16, 64, 128)])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--share", type=float, help="caches, as a share of the resident cache; else the defaults")
+    parser.add_argument("--leaf-branch", type=int, nargs="+", default=[HipConfig.create().leaf_branch])
+    parser.add_argument("--decode-mask-k", type=int, default=HipConfig.create().decode_mask_k)
+    parser.add_argument("--steps", type=int, default=128, help="steps that are timed; as many before fill the caches")
+    parser.add_argument("--checked", type=int, default=64, help="steps whose bits are compared first")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    library = Library(options.library) if options.library else binding.load()
+    device = torch.device("cuda")
+    model, tokenizer = load(options.model, device)
+    stretches = max(options.lengths) // STRETCH
+    print("recording", file=sys.stderr, flush=True)
+    tokens = torch.tensor(tokenizer(real_text(5 * stretches * STRETCH)).input_ids)
+    if len(tokens) < stretches * STRETCH:
+        sys.exit(f"the text has {len(tokens):,} tokens, and {stretches * STRETCH:,} are wanted")
+    tokens = tokens[: stretches * STRETCH].view(stretches, STRETCH).to(device)
+    recording = record(model, tokens, steps=2 * options.steps)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    weights = [Weights.random(device) for _ in range(options.layers)]
+    offload = Offload.create() if options.share is None else Offload.of_share(options.share)
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for length in options.lengths:
+        for leaf_branch in options.leaf_branch:
+            config = HipConfig.create(leaf_branch=leaf_branch, decode_mask_k=options.decode_mask_k)
+            rows.append(run_length(
+                library, config, recording, length, options.layers, weights[: options.layers], offload, options
+            ))
+            gc.collect()
+            torch.cuda.empty_cache()
+            content = {"environment": describe(library.path), "bus_bytes_per_s": BUS_BYTES_PER_S, "rows": rows}
+            (options.out / "offload_decode.json").write_text(json.dumps(content, indent=1))
+            (options.out / "offload_decode.md").write_text(markdown(rows))
+            print(markdown(rows[-1:]).split("\n", 2)[2], end="", flush=True)
+    plot(rows, options.out / "offload_decode.png")
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
