@@ -158,6 +158,15 @@ def test_defaults_are_under_a_twentieth_and_hold_a_step(tokens: int) -> None:
     assert all(held >= need for held, need in zip((sizes.keys, sizes.values), whole.step_blocks(), strict=True))
 
 
+@pytest.mark.parametrize(("tokens", "batch"), [(4096, 1), (16384, 1), (65536, 4)])
+def test_defaults_hold_a_step_of_short_contexts(tokens: int, batch: int) -> None:
+    whole = geometry(tokens, batch)
+    sizes = cache_sizes(Offload(), whole)
+    assert sizes.too_small == ()
+    for held, need in zip((sizes.keys, sizes.values), whole.step_blocks(), strict=True):
+        assert need <= held < need + whole.pool_blocks // 10 + 32
+
+
 def test_step() -> None:
     always = 4 + 1 + 32 + 1
     assert geometry().step_blocks() == (8 * (34 * 16 + always), 8 * (32 + always))

@@ -23,7 +23,8 @@ from hip_trt import runtime
 from hip_trt.cli.app import app
 from hip_trt.config import HipConfig
 from hip_trt.errors import EnvironmentProblem, RuntimeInputError
-from hip_trt.offload import Offload, OffloadStats
+from hip_trt.offload import BlockCaches, Offload, OffloadStats
+from hip_trt.offload.block_caches import Staging
 from hip_trt.runtime import Generator, Session, load
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
@@ -249,6 +250,29 @@ def test_locking_refused(oracle: OracleExecutor, host: FakeHost) -> None:
     assert host.held == 0
 
 
+def test_no_gpu_memory_for_caches(oracle: OracleExecutor, host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(BlockCaches, "_allocate", full)
+    with pytest.raises(RuntimeInputError, match=r"caches of .* do not fit in the memory of cpu.*--key-cache-mib"):
+        Session(make(oracle)[0], max_seq_len=32, offload=OFFLOAD)
+    assert host.held == 0
+
+
+def test_no_gpu_memory_for_staging(
+    oracle: OracleExecutor, host: FakeHost, resident: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Staging, "allocate", full)
+    actual, _ = converse(make(oracle)[0], OFFLOAD)
+    assert all(one.equal(other) for one, other in zip(actual, resident, strict=True))
+    assert caplog.text.count("no GPU memory for prefill's staging area") == 1
+
+
 def test_nothing_to_offload_on_the_cpu(oracle: OracleExecutor, tmp_path: Path) -> None:
     with pytest.raises(RuntimeInputError, match="runs on cpu, where the KV cache is in host memory already"):
         Session(make(oracle)[0], max_seq_len=32, offload=OFFLOAD)
@@ -318,3 +342,22 @@ def test_onnx_file_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["run", str(tmp_path / "model.onnx"), "-p", "x", "--offload"])
     assert (result.exit_code, result.stdout) == (1, "")
     assert "ONNX Runtime runs it on the CPU, where the KV cache is in host memory already" in result.stderr
+
+
+def test_chat(oracle: OracleExecutor, host: FakeHost) -> None:
+    """A conversation counts over all its turns, and gives memory back at its end."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
+    expected = []
+    for offload in (None, OFFLOAD):
+        chat = Generator(make(oracle)[0], tokenizer, offload=offload).chat(max_seq_len=96)
+        said = ["".join(chat.send(text, max_new_tokens=4)) for text in ("hello", "again")]
+        if offload is None:
+            assert chat.offload_stats is None
+            expected = said
+        else:
+            assert said == expected
+            assert chat.offload_stats is not None
+            assert chat.offload_stats.tokens == 6
+        chat.close()
+        assert host.held == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +17,7 @@ from hip_trt.errors import RuntimeInputError
 
 if TYPE_CHECKING:
     from hip_trt.offload import OffloadStats
-    from hip_trt.runtime import Generator, Stats
+    from hip_trt.runtime import Chat, Generator, Stats
 
 _SAMPLING = "Sampling (by default as the model's generation_config.json says, else greedy)"
 _OFFLOAD = "KV cache in host memory (docs/offload.md; results are the same bits)"
@@ -200,6 +200,11 @@ def _converse(
     """Answer line by line until the input ends. Ctrl-C ends a reply; at the prompt, the conversation."""
     chat = None if raw else generator.chat(system, max_seq_len=max_seq_len)
     _say("Ctrl-D ends the conversation, Ctrl-C a reply." if chat else "Each line is a prompt of its own; Ctrl-D ends.")
+    with closing(chat) if chat else nullcontext():
+        _converse_with(generator, chat, report=report, options=options)
+
+
+def _converse_with(generator: Generator, chat: Chat | None, *, report: Report, options: dict[str, Any]) -> None:
     while line := _read_line():
         text = line.rstrip("\n")
         if not text.strip():

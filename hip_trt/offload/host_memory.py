@@ -228,8 +228,8 @@ class HostMemory:
             return
         try:
             (self._host.unregister if self._map is not None else self._host.free)(address)
-        except Refused as refusal:  # a device that has failed refuses everything; the mapping below goes all the same
-            warn_once(str(refusal))
+        except (Refused, RuntimeError) as error:  # a device that has failed refuses all; the mapping goes all the same
+            warn_once(str(error))
         if self._map is not None:
             self._map.close()
 

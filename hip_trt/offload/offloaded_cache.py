@@ -39,6 +39,7 @@ class _Layer:
                 device=host.device,
             )
         except BaseException:
+            host.synchronize()
             self.memory.close()
             raise
 
