@@ -273,7 +273,7 @@ class OffloadedCache:
         except torch.OutOfMemoryError:
             warn_once(
                 f"no GPU memory for prefill's staging area of {gib(2 * pages * geometry.page_bytes)}: prefill reads "
-                "older tokens over the bus, slowly"
+                "tokens over the bus, slowly"
             )
             staging = None
         self._stage_in_vain = staging is None

@@ -20,7 +20,8 @@ class Offload(BaseModel):
     """The KV cache lives in host memory; this says what of the GPU's serves it.
 
     Sizes are for all layers together, in MiB or as a share of the full cache (keys and values of every page). They are
-    a matter of speed: results are the same bits with any.
+    a matter of speed: results are the same bits with any. (Prefill without a staging area is the one exception, on GPUs
+    of compute capability 9.0: other kernels run, which add in another order.)
 
     A decode step scores about ``decode_mask_k / block_k * leaf_branch`` key blocks per KV head, and attends to
     ``decode_mask_k`` tokens beside window and sink. Caches that hold less than one step reads are of little use, and
@@ -43,7 +44,7 @@ class Offload(BaseModel):
     staging_tokens: int | None = Field(
         None, ge=0,
         description="Tokens of one layer, all sequences together, that prefill attends from in GPU memory; calls with "
-        "larger page tables, and all at 0, read older tokens over the bus. By default all that page tables can hold.",
+        "larger page tables, and all at 0, read tokens over the bus. By default all that page tables can hold.",
     )
     release_staging: bool = Field(
         True, description="Whether that memory is given back when decoding begins, and taken again by the next prefill."

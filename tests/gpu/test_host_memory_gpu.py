@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import hip_trt
+from hip_trt import library
 from hip_trt.config import HipConfig
+from hip_trt.errors import PluginError
 from hip_trt.huggingface import HipCache
 from hip_trt.offload import Offload
 from hip_trt.offload.host_memory import CudaHost, HostMemory, Refused
@@ -71,11 +73,16 @@ def talk(model: LlamaForCausalLM) -> tuple[list[Tensor], HipCache]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_patched_model(dtype: torch.dtype) -> None:
+    """Bits of every call, while pools grow. float32 decodes over the bus."""
+    try:
+        library.load()
+    except PluginError as error:
+        pytest.skip(f"no CUDA kernels: {error.cause}")
     model = tiny_llama(head_dim=64, hidden_size=64, initializer_range=0.2, max_position_embeddings=4096)
     model = model.to(CUDA, dtype)
     with torch.inference_mode():
         expected, _ = talk(hip_trt.patch(model, CONFIG))
-        for offload in (Offload(), Offload(key_cache=0, value_cache=0, staging_tokens=0), Offload.of_share(0.2)):
+        for offload in (Offload(), Offload(key_cache=0, value_cache=0), Offload.of_share(0.2)):
             actual, cache = talk(hip_trt.patch(model, CONFIG, offload=offload))
             for call, (one, other) in enumerate(zip(actual, expected, strict=True)):
                 assert one.equal(other), f"call {call}"
