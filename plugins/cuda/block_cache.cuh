@@ -1,6 +1,7 @@
 // Blocks of a pool in host memory, copied to GPU memory: looked up, filled and replaced by the warps of a running kernel.
 //
-// The cache is set-associative: a block has its place in one of kWays slots. A slot's owner is one 64-bit word
+// A block may be put into any slot of kChoices sets of kWays, which hashes of it name: with one set, those that happen to be
+// in demand would be full long before the cache is. A slot's owner is one 64-bit word
 //
 //     block + 1 (32 bits; 0: empty) | step of its last use (31 bits) | its rows are complete (1 bit)
 //
@@ -24,7 +25,9 @@ namespace hip_trt
 {
 
 constexpr int kWays = HIP_TRT_CACHE_WAYS;
-static_assert(kWays == kWarpSize, "a lane looks at a way");
+static_assert(kWays == kWarpSize, "a lane looks at a way of each set");
+
+constexpr int kChoices = 4; // sets
 
 constexpr int kGrace = 3; // steps during which a use need not be written down again
 
@@ -88,10 +91,11 @@ struct BlockCache
         return difference > 0 ? difference : 0;
     }
 
-    // The first of the slots that a block may be in.
-    __device__ __forceinline__ int64_t firstSlot(uint32_t block) const
+    // The slot of this lane in one of the sets of a block.
+    __device__ __forceinline__ int slotOf(uint32_t block, int choice) const
     {
-        return static_cast<int64_t>(__umulhi(block * 0x9e3779b1u, sets)) * kWays;
+        constexpr uint32_t kFactors[kChoices] = {0x9e3779b1, 0x85ebca77, 0xc2b2ae3d, 0x27d4eb2f};
+        return static_cast<int>(__umulhi(block * kFactors[choice], sets)) * kWays + threadIdx.x % kWarpSize;
     }
 
     __device__ __forceinline__ void count(HipTrtCacheEvent event, unsigned times = 1)
@@ -159,61 +163,85 @@ struct BlockCache
     // a warp together.
     __device__ __forceinline__ const char* place(uint32_t block)
     {
-        const int lane = threadIdx.x % kWarpSize;
-        const int64_t first = firstSlot(block);
-        Owner* const set = owners + first;
-        const int way = replaceOldest(set, block, loadCurrent(set + lane));
-        if (way < 0)
+        const int slot = replaceOldest(block);
+        if (slot < 0)
         {
             count(HIP_TRT_CACHE_BYPASS);
             return inPool(block);
         }
-        char* const target = rows + (first + way) * blockBytes();
+        char* const target = rows + static_cast<int64_t>(slot) * blockBytes();
         copyBlock(target, block);
         __threadfence();
         __syncwarp();
-        if (lane == way)
+        if (threadIdx.x % kWarpSize == 0)
         {
-            atomicExch(set + way, BlockCache::owner(block, step, true));
-            hints[block] = static_cast<int32_t>(first + way) + 1;
+            atomicExch(owners + slot, BlockCache::owner(block, step, true));
+            hints[block] = slot + 1;
         }
         count(HIP_TRT_CACHE_MISS);
         return target;
     }
 
-    // Take the least recently used slot for a block that no slot has. `owner` is this lane's slot's. Returns the slot in the
-    // set, marked incomplete; -1 if all are in use, or if another warp takes one for the same block.
-    __device__ __forceinline__ int replaceOldest(Owner* set, uint32_t block, Owner owner)
+    // Take the least recently used slot for a block that no slot has. Returns it, marked incomplete; -1 if all are in use, or
+    // if another warp takes one for the same block.
+    __device__ __forceinline__ int replaceOldest(uint32_t block)
     {
-        const int lane = threadIdx.x % kWarpSize;
-        while (!__any_sync(kFullWarp, holds(owner, block)))
+        Owner owner[kChoices];
+#pragma unroll
+        for (int choice = 0; choice < kChoices; ++choice)
         {
-            const int idle = owner >> 32 == 0 ? INT_MAX : age(owner);
-            const int longest = __reduce_max_sync(kFullWarp, idle);
-            if (longest <= kGrace + 1)
+            owner[choice] = loadCurrent(owners + slotOf(block, choice));
+        }
+        while (true)
+        {
+            int longest = 0, best = 0, best_slot = 0;
+            bool present = false;
+#pragma unroll
+            for (int choice = 0; choice < kChoices; ++choice)
             {
-                break;
+                const int idle = owner[choice] >> 32 == 0 ? INT_MAX : age(owner[choice]);
+                if (idle > longest)
+                {
+                    longest = idle;
+                    best = choice;
+                    best_slot = slotOf(block, choice);
+                }
+                present = present || holds(owner[choice], block);
+            }
+            const int idle = longest;
+            longest = __reduce_max_sync(kFullWarp, longest);
+            if (__any_sync(kFullWarp, present) || longest <= kGrace + 1)
+            {
+                return -1;
             }
             // Warps that look for room at once begin at different slots.
             const unsigned oldest = __ballot_sync(kFullWarp, idle == longest);
-            const unsigned turned = __funnelshift_r(oldest, oldest, block);
-            const int way = (__ffs(turned) - 1 + block) % kWays;
-            Owner before = owner;
-            if (lane == way)
+            const int taking = (__ffs(__funnelshift_r(oldest, oldest, block)) - 1 + block) % kWarpSize;
+            const int slot = __shfl_sync(kFullWarp, best_slot, taking);
+            bool taken = false;
+            if (threadIdx.x % kWarpSize == taking)
             {
-                before = atomicCAS(set + way, owner, BlockCache::owner(block, step, false));
+#pragma unroll
+                for (int choice = 0; choice < kChoices; ++choice) // not an index: that would put the array in memory
+                {
+                    if (choice == best)
+                    {
+                        const Owner before
+                            = atomicCAS(owners + slot, owner[choice], BlockCache::owner(block, step, false));
+                        taken = before == owner[choice];
+                        owner[choice] = before;
+                    }
+                }
             }
-            if (__any_sync(kFullWarp, lane == way && before == owner))
+            if (__any_sync(kFullWarp, taken))
             {
                 if (longest != INT_MAX)
                 {
                     count(HIP_TRT_CACHE_EVICTION);
                 }
-                return way;
+                return slot;
             }
-            owner = before;
         }
-        return -1;
     }
 
     // Copy a block from the pool, several kilobytes in flight at once.
@@ -258,27 +286,34 @@ struct BlockCache
         }
         const int lane = threadIdx.x % kWarpSize;
         const uint32_t block = new_row >> block_log2;
-        const int64_t first = firstSlot(block);
-        Owner* const set = owners + first;
-        const bool kept_here = keep(set + lane, block, loadCurrent(set + lane));
-        for (unsigned kept = __ballot_sync(kFullWarp, kept_here); kept != 0; kept &= kept - 1)
+#pragma unroll
+        for (int choice = 0; choice < kChoices; ++choice)
         {
-            char* const row = rows + (first + __ffs(kept) - 1) * blockBytes()
-                + (new_row & ((1u << block_log2) - 1)) * row_bytes;
-            for (int i = lane * 16; i < row_bytes; i += kWarpSize * 16)
+            const int slot = slotOf(block, choice);
+            const bool kept_here = keep(owners + slot, block, loadCurrent(owners + slot));
+            for (unsigned kept = __ballot_sync(kFullWarp, kept_here); kept != 0; kept &= kept - 1)
             {
-                *reinterpret_cast<uint4*>(row + i) = *reinterpret_cast<const uint4*>(new_data + i);
+                const int holder = __shfl_sync(kFullWarp, slot, __ffs(kept) - 1);
+                char* const row = rows + static_cast<int64_t>(holder) * blockBytes()
+                    + (new_row & ((1u << block_log2) - 1)) * row_bytes;
+                for (int i = lane * 16; i < row_bytes; i += kWarpSize * 16)
+                {
+                    *reinterpret_cast<uint4*>(row + i) = *reinterpret_cast<const uint4*>(new_data + i);
+                }
             }
         }
     }
 
-    // Drop the copies of a block, where no kernel looks.
+    // Drop the copies of a block, where no kernel looks. For all lanes of a warp.
     __device__ __forceinline__ void forget(uint32_t block)
     {
-        Owner* const owner = owners + firstSlot(block) + threadIdx.x % kWarpSize;
-        if (sets != 0 && holds(*owner, block))
+        for (int choice = 0; sets != 0 && choice < kChoices; ++choice)
         {
-            *owner = 0;
+            Owner* const owner = owners + slotOf(block, choice);
+            if (holds(*owner, block))
+            {
+                *owner = 0;
+            }
         }
     }
 };

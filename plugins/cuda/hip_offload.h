@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-/* Blocks of a cache among which the least recently used one is replaced. */
+/* Slots of a cache come in sets of so many. A block may be in any of four sets; the least recently used slot is replaced. */
 #define HIP_TRT_CACHE_WAYS 32
 
 /* Key blocks, or value blocks, in GPU memory. */
