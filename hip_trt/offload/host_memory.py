@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import logging
 import mmap
+import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Final, Protocol
@@ -24,6 +26,9 @@ _logger = logging.getLogger("hip_trt.offload")
 _HUGE_PAGE: Final = 2 << 20
 _MPOL_PREFERRED: Final = 1
 _MBIND: Final = {"x86_64": 237, "aarch64": 235}  # the system call's number
+_MADV_POPULATE_WRITE: Final = 23  # Linux 5.14
+_POPULATED_AT_ONCE: Final = 64 << 20
+_POPULATING_THREADS: Final = 8
 # cuda.h
 _REGISTER_FLAGS: Final = 0x1 | 0x2  # CU_MEMHOSTREGISTER_PORTABLE | _DEVICEMAP; the same bits in CU_MEMHOSTALLOC_
 _PCI_ADDRESS_BYTES: Final = 16
@@ -195,6 +200,7 @@ class HostMemory:
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
             _advise(self._map, advice)
         _prefer_node(self._address, size, host.numa_node())
+        _populate(self._address, size)
         try:
             self._device_address = host.register(self._address, size)
             self.registered = True
@@ -240,6 +246,19 @@ def _advise(memory: mmap.mmap, advice: str) -> None:
         memory.madvise(getattr(mmap, advice))
     except (AttributeError, OSError):
         _logger.debug("no %s", advice)
+
+
+def _populate(address: int, size: int) -> None:
+    """Have the kernel clear pages on several cores, as locking them would on one. Where it does not know how, locking
+    does it."""
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+
+    def populate(start: int) -> None:
+        madvise(address + start, min(_POPULATED_AT_ONCE, size - start), _MADV_POPULATE_WRITE)
+
+    with ThreadPoolExecutor(min(_POPULATING_THREADS, len(os.sched_getaffinity(0)))) as pool:
+        list(pool.map(populate, range(0, size, _POPULATED_AT_ONCE)))
 
 
 def _prefer_node(address: int, size: int, node: int | None) -> None:
