@@ -1,0 +1,249 @@
+"""What a block cache does under a policy, simulated from a trace of its look-ups.
+
+Sizes are in blocks. Where nothing else is said, a cache is fully associative and every block that is missing is placed.
+"""
+
+from __future__ import annotations
+
+import random as random_numbers
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hip_trt.errors import RuntimeInputError
+from hip_trt.evaluate.cache_trace import Accesses
+from hip_trt.offload.block_caches import WAYS, CacheCounts
+
+HIT, PLACED, REPLACED, BYPASSED = range(4)
+"""What a look-up met: a block in the cache; a miss placed in an empty slot, in another block's slot, or not at all."""
+
+GRACE = 3
+"""kGrace of plugins/cuda/block_cache.cuh: steps during which the shipped cache does not write a use down again."""
+
+_HASH = 0x9E3779B1
+_EMPTY = -(1 << 40)  # step of last use of a slot that was never used
+
+Policy = Callable[[list[int], list[int], int, int], bytearray]
+"""Blocks looked up, the step of each, the cache's size, a seed: what every look-up met."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What happened in a cache, step by step.
+
+    Attributes:
+        hits, misses, evictions, bypasses: [steps] int64, with the meaning of :class:`CacheCounts`.
+    """
+
+    hits: NDArray[np.int64]
+    misses: NDArray[np.int64]
+    evictions: NDArray[np.int64]
+    bypasses: NDArray[np.int64]
+
+    def counts(self, first: int = 0) -> CacheCounts:
+        """Of the steps from ``first`` on, together."""
+        return CacheCounts(*(int(events[first:].sum())
+                             for events in (self.hits, self.misses, self.evictions, self.bypasses)))
+
+
+def simulate(policy: str, accesses: Accesses, blocks: int, *, seed: int = 0) -> Simulation:
+    """Play a trace to a cache that is empty at first.
+
+    Args:
+        policy: one of :data:`POLICIES`.
+        accesses: the look-ups.
+        blocks: the cache's size; "shipped" has whole sets of WAYS blocks, as many as fit.
+        seed: of "random".
+
+    Raises:
+        RuntimeInputError: there is no such policy, or the size is negative.
+    """
+    if policy not in POLICIES:
+        raise RuntimeInputError(f"policy: {policy!r} is not known.", f"Give one of {', '.join(POLICIES)}.")
+    if blocks < 0:
+        raise RuntimeInputError(f"A cache of {blocks} blocks: it must be 0 or more.", "Give a larger one.")
+    if policy == "shipped":
+        blocks -= blocks % WAYS
+    per_step = np.diff(accesses.offsets)
+    if blocks:
+        steps = np.repeat(np.arange(accesses.steps), per_step).tolist()
+        met = np.frombuffer(POLICIES[policy](accesses.blocks.tolist(), steps, blocks, seed), dtype=np.uint8)
+    else:
+        met = np.full(len(accesses.blocks), BYPASSED, dtype=np.uint8)
+
+    def count(*kinds: int) -> NDArray[np.int64]:
+        running = np.concatenate([[0], np.isin(met, kinds).cumsum(dtype=np.int64)])
+        return np.diff(running[accesses.offsets])
+
+    return Simulation(count(HIT), count(PLACED, REPLACED), count(REPLACED), count(BYPASSED))
+
+
+def least_recently_used(blocks: list[int], steps: list[int], size: int, seed: int) -> bytearray:
+    met = bytearray(len(blocks))
+    held: OrderedDict[int, None] = OrderedDict()
+    for i, block in enumerate(blocks):
+        if block in held:
+            held.move_to_end(block)
+            continue
+        met[i] = PLACED
+        if len(held) == size:
+            held.popitem(last=False)
+            met[i] = REPLACED
+        held[block] = None
+    return met
+
+
+def least_frequently_used(blocks: list[int], steps: list[int], size: int, seed: int) -> bytearray:
+    """Fewest uses since it was placed; among equals, the least recently used."""
+    met = bytearray(len(blocks))
+    uses: dict[int, tuple[int, int]] = {}  # count and time of the last
+    heap: list[tuple[tuple[int, int], int]] = []  # each block once, with uses as they were or fewer
+    for i, block in enumerate(blocks):
+        use = uses.get(block)
+        if use is not None:
+            uses[block] = use[0] + 1, i
+            continue
+        met[i] = PLACED
+        if len(uses) == size:
+            while uses[heap[0][1]] != heap[0][0]:
+                stale = heappop(heap)[1]
+                heappush(heap, (uses[stale], stale))
+            del uses[heappop(heap)[1]]
+            met[i] = REPLACED
+        uses[block] = 1, i
+        heappush(heap, ((1, i), block))
+    return met
+
+
+def clock(blocks: list[int], steps: list[int], size: int, seed: int) -> bytearray:
+    """Second chance: a hand goes round and takes the first block that was not used since it came by last."""
+    met = bytearray(len(blocks))
+    slots: dict[int, int] = {}
+    held: list[int] = []
+    used = bytearray(size)
+    hand = 0
+    for i, block in enumerate(blocks):
+        slot = slots.get(block)
+        if slot is None:
+            met[i] = PLACED
+            if len(held) < size:
+                slot = len(held)
+                held.append(block)
+            else:
+                while used[hand]:
+                    used[hand] = 0
+                    hand = (hand + 1) % size
+                slot, hand = hand, (hand + 1) % size
+                del slots[held[slot]]
+                held[slot] = block
+                met[i] = REPLACED
+            slots[block] = slot
+        used[slot] = 1
+    return met
+
+
+def random(blocks: list[int], steps: list[int], size: int, seed: int) -> bytearray:
+    met = bytearray(len(blocks))
+    generator = random_numbers.Random(seed)
+    held: list[int] = []
+    within: set[int] = set()
+    for i, block in enumerate(blocks):
+        if block in within:
+            continue
+        met[i] = PLACED
+        if len(held) < size:
+            held.append(block)
+        else:
+            slot = int(generator.random() * size)
+            within.remove(held[slot])
+            held[slot] = block
+            met[i] = REPLACED
+        within.add(block)
+    return met
+
+
+def optimum(blocks: list[int], steps: list[int], size: int, seed: int) -> bytearray:
+    """Belady's: of the blocks held and the one that is missing, the one needed latest goes, or is not placed.
+
+    Nothing reads fewer blocks over the bus. It knows the future, and may replace what the same step has read.
+    """
+    met = bytearray(len(blocks))
+    length = len(blocks)
+    next_use = [0] * length
+    coming: dict[int, int] = {}
+    for i in range(length - 1, -1, -1):
+        block = blocks[i]
+        next_use[i] = coming.get(block, length + block)  # never: later than all, and each block's own
+        coming[block] = i
+    held: set[int] = set()
+    heap: list[int] = []  # -next use of every block held; past ones, of blocks used since, sink to the bottom
+    for i, block in enumerate(blocks):
+        later = next_use[i]
+        if block not in held:
+            if later >= length:
+                met[i] = BYPASSED
+                continue
+            met[i] = PLACED
+            if len(held) == size:
+                latest = -heap[0]
+                if latest <= later:
+                    met[i] = BYPASSED
+                    continue
+                heappop(heap)
+                held.remove(blocks[latest] if latest < length else latest - length)
+                met[i] = REPLACED
+            held.add(block)
+        heappush(heap, -later)
+        if len(heap) > 4 * size + 1024:
+            heap = [use for use in heap if -use > i]
+            heapify(heap)
+    return met
+
+
+def shipped(blocks: list[int], steps: list[int], size: int, seed: int) -> bytearray:
+    """The cache of plugins/cuda/block_cache.cuh, with look-ups one after the other.
+
+    A block's set of WAYS slots comes from its hash; the least recently used slot of the set is replaced, unless its
+    last use is GRACE + 1 steps back or fewer: then the block is not placed.
+    """
+    met = bytearray(len(blocks))
+    sets = size // WAYS
+    slots: dict[int, int] = {}
+    held = [-1] * (sets * WAYS)
+    last_use = [_EMPTY] * (sets * WAYS)
+    for i, block in enumerate(blocks):
+        step = steps[i]
+        slot = slots.get(block)
+        if slot is not None:
+            if step - last_use[slot] > GRACE:
+                last_use[slot] = step
+            continue
+        first = ((block * _HASH & 0xFFFFFFFF) * sets >> 32) * WAYS
+        uses = last_use[first : first + WAYS]
+        oldest = min(uses)
+        if step - oldest <= GRACE + 1:
+            met[i] = BYPASSED
+            continue
+        turn = block % WAYS  # where the search for a slot among equals begins
+        slot = first + ((uses[turn:] + uses[:turn]).index(oldest) + turn) % WAYS
+        met[i] = PLACED
+        if oldest != _EMPTY:
+            del slots[held[slot]]
+            met[i] = REPLACED
+        held[slot], last_use[slot], slots[block] = block, step, slot
+    return met
+
+
+POLICIES: dict[str, Policy] = {
+    "shipped": shipped,
+    "LRU": least_recently_used,
+    "LFU": least_frequently_used,
+    "CLOCK": clock,
+    "random": random,
+    "optimum": optimum,
+}
+"""By name."""
