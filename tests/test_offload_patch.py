@@ -189,8 +189,9 @@ def test_staging_is_there_for_prefill_only(model: LlamaForCausalLM, host: FakeHo
 
 def test_unpatch_gives_memory_back(model: LlamaForCausalLM, host: FakeHost) -> None:
     hip_trt.patch(model, CONFIG, offload=SMALL)
-    cache = model(prompts(1, 40)).past_key_values
-    assert host.held == 2
+    cache, own = model(prompts(1, 40)).past_key_values, HipCache(model.config, CONFIG, offload=SMALL)
+    model(prompts(1, 8), past_key_values=own)
+    assert host.held == 4
     hip_trt.unpatch(model)
     assert host.held == 0
     hip_trt.patch(model, CONFIG, offload=SMALL)

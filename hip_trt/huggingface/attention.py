@@ -28,7 +28,7 @@ ATTENTION = "hip_trt"
 Model = TypeVar("Model", bound=nn.Module)
 
 _patched: WeakKeyDictionary[nn.Module, tuple[str, RemovableHandle, WeakSet[HipCache]]] = WeakKeyDictionary()
-"""The implementation that each model had, the hook, and the caches that it was given with pages in host memory."""
+"""The implementation that each model had, the hook, and the caches in host memory that it has used."""
 
 
 def patch(
@@ -136,10 +136,10 @@ def _give_cache(
             use_cache = kwargs.get("use_cache")
             keep = cache is not None or (model_config.use_cache if use_cache is None else use_cache)
             cache = HipCache(model_config, config, offload=offload)
-            if offload:
-                offloaded.add(cache)
             if keep:
                 kwargs["past_key_values"] = cache
+        if cache.in_host_memory:
+            offloaded.add(cache)
         if max_context is not None:
             tokens = kwargs["inputs_embeds" if kwargs.get("input_ids") is None else "input_ids"].shape[1]
             if cache.get_seq_length() + tokens > max_context:

@@ -38,6 +38,11 @@ class HipCache(Cache):  # type: ignore[misc]
         )
 
     @property
+    def in_host_memory(self) -> bool:
+        """Whether the cache is offloaded."""
+        return self._host_pools is not None
+
+    @property
     def offloaded(self) -> OffloadedCache | None:
         """The pages in host memory, with what their caches count; None before the first call, or without offload."""
         return self._host_pools.cache if self._host_pools else None
