@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ def hip_attention(
     config: HipConfig,
     scale: float,
     dense: bool = False,
+    select: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hierarchically pruned attention with a paged KV cache.
 
@@ -47,6 +50,8 @@ def hip_attention(
         config: block sizes, budgets, tree shape.
         scale: factor on q.k.
         dense: attend to everything.
+        select: in place of :func:`select_blocks`, called for each row, query block and mask head, in this order; to
+            watch or replay choices.
 
     Returns:
         output [B, Hq, S, D] T, padding rows 0; present_key and present_value [P, Hkv, page_size, D] T, copies of the
@@ -74,7 +79,7 @@ def hip_attention(
                 kv = mask * heads_per_mask // group
                 queries = query[b, heads, rows].to(compute)
                 reused = past_nodes[b, mask].long() if new_tokens == 1 and int(refresh_mask[0]) == 0 else None
-                blocks, kept = select_blocks(
+                blocks, kept = (select or select_blocks)(
                     queries, keys[kv], past + rows, config=config, decode=new_tokens == 1, dense=dense,
                     past_nodes=reused,
                 )

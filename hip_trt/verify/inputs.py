@@ -1,0 +1,206 @@
+"""The calls that a verification makes, as a Polygraphy data loader whose feeds continue from earlier outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hip_trt import operator as names
+from hip_trt.runtime.pages import pages_for
+from hip_trt.spec import ModelSpec
+from hip_trt.verify.runners import Feed
+
+_SEED = 20240609
+_KEY_SIZE = 0.25
+"""Standard deviation of random keys and values: small, so that attention is spread over many tokens, as in text."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch of sequences that grows call by call.
+
+    Attributes:
+        name: as reports have it.
+        past: tokens that each sequence has committed before the first call, with random keys and values: a long
+            context for the price of a short one.
+        new: tokens of each sequence in the first call; 0: an idle row.
+        steps: decode steps after it.
+        tokens: token ids of the first call, by sequence; random where None.
+    """
+
+    name: str
+    past: tuple[int, ...]
+    new: tuple[int, ...]
+    steps: int = 0
+    tokens: tuple[tuple[int, ...], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a case, as it was made.
+
+    Attributes:
+        case: name of the case.
+        label: such as "prefill 5" or "decode, reused".
+        past, new: tokens of each sequence before and in this call.
+        decode: whether it is a single-token call.
+    """
+
+    case: str
+    label: str
+    past: tuple[int, ...]
+    new: tuple[int, ...]
+    decode: bool
+
+
+def searching_context(spec: ModelSpec) -> int:
+    """Tokens of a context in which every call searches: a quarter more than what prefill attends to, and a few."""
+    hip = spec.hip
+    attended = hip.sink_tokens + hip.window_tokens + max(hip.mask_k, hip.decode_mask_k)
+    return min(spec.max_position_embeddings, attended * 5 // 4 + hip.block_q + hip.block_k)
+
+
+def plan_cases(
+    spec: ModelSpec, *, steps: int, max_tokens: int, thorough: bool = False,
+    prompts: Sequence[Sequence[int]] | None = None, max_prefill: int | None = None,
+) -> tuple[Case, ...]:
+    """Inputs that reach every branch of the operator that the model's sizes allow.
+
+    Args:
+        spec: the model.
+        steps: decode steps of a case that decodes.
+        max_tokens: longest context.
+        thorough: longer prompts, and every block edge.
+        prompts: token ids to begin "prefill, decode" with, one case each, in place of random ones.
+        max_prefill: most new tokens of a call; None: any.
+    """
+    hip, limit = spec.hip, min(max_tokens, spec.max_position_embeddings)
+    fit = max(2, min(limit - steps - 1, max_prefill or limit))
+    block, page = hip.block_q, hip.page_size
+
+    def cut(*lengths: int) -> tuple[int, ...]:
+        return tuple(min(length, fit) for length in lengths)
+
+    cases = [
+        Case("short", (0,), cut(5)),
+        Case("block edge", (min(page - 1, limit - fit),), cut(block + 1)),
+        Case("ragged batch", (0, min(page, limit - fit), 0, 0), (*cut(3, block), 0, *cut(block // 2 + 1)), steps=2),
+    ]
+    new = cut(block // 2 + 3)[0]
+    long = max(0, limit - new - steps)
+    cases.append(Case("long context", (long,), (new,), steps=steps))
+    if prompts is not None:
+        for number, ids in enumerate(prompts):
+            kept = tuple(ids[:fit])
+            name = "prefill, decode" if len(prompts) == 1 else f"prompt {number + 1}"
+            cases.append(Case(name, (0,), (len(kept),), steps, (kept,)))
+    else:
+        cases.append(Case("prefill, decode", (0,), cut(2 * block + 1), steps=steps))
+    if thorough:
+        cases += [
+            Case(f"edge {length}", (past,), cut(length))
+            for length in (block - 1, block, page, page + 1)
+            for past in (0, min(hip.block_k - 1, limit - fit))
+        ]
+        cases.append(Case("long prompt", (0,), cut(limit // 2), steps=steps))
+    return tuple(cases)
+
+
+class Script:
+    """A Polygraphy data loader. Each feed's state is what the runner under test gave in the call before: both sides get
+    the same, so that a call is judged by itself, and errors do not add up over calls.
+
+    Feed it the outputs of every call (:meth:`observe`) before asking for the next feed; Comparator's streaming run
+    leaves room for that.
+
+    Args:
+        spec: the model.
+        cases: what to do.
+        announce: told of each call before it is made.
+
+    Attributes:
+        calls: the calls made so far.
+        feed: that of the last call.
+    """
+
+    def __init__(self, spec: ModelSpec, cases: Sequence[Case], announce: Callable[[Call], object] = lambda _: None):
+        self.spec, self._cases, self._announce = spec, cases, announce
+        self._random = torch.Generator().manual_seed(_SEED)
+        self.calls: list[Call] = []
+        self.feed: Feed = {}
+        self._outputs: Mapping[str, Tensor] = {}
+
+    def __iter__(self) -> Iterator[Feed]:
+        for case in self._cases:
+            yield from self._play(case)
+
+    def observe(self, outputs: Mapping[str, Any]) -> None:
+        """Take the graph outputs of the last call of the runner under test."""
+        self._outputs = {name: torch.as_tensor(value) for name, value in outputs.items()}
+
+    def _play(self, case: Case) -> Iterator[Feed]:
+        spec, lengths = self.spec, torch.tensor(case.past, dtype=torch.int32)
+        state, table = self._state(case)
+        rows = case.tokens or tuple(
+            tuple(torch.randint(spec.vocab_size, (count,), generator=self._random).tolist()) for count in case.new
+        )
+        interval = min(2, spec.hip.refresh_interval)
+        for step in range(1 + case.steps):
+            refresh = step == 0 or (step - 1) % interval == 0
+            counts = torch.tensor([len(row) for row in rows], dtype=torch.int32)
+            # A call of one column is a decode step; prompts of one token are padded, as sessions do it.
+            width = 1 if step else max(2, int(counts.max()))
+            padded = [[*row, *[0] * (width - len(row))] for row in rows]
+            self.feed = {
+                names.INPUT_IDS: torch.tensor(padded), names.PAST_LENGTHS: lengths,
+                names.QUERY_LENGTHS: counts, names.PAGE_TABLE: table,
+                names.REFRESH_MASK: torch.tensor([refresh], dtype=torch.int32), **state,
+            }
+            label = f"prefill {'/'.join(str(len(row)) for row in rows)}"
+            if step:
+                label = f"decode {step}, {'searched' if refresh else 'reused'}"
+            self.calls.append(Call(case.name, label, tuple(lengths.tolist()), tuple(counts.tolist()), width == 1))
+            self._announce(self.calls[-1])
+            yield self.feed
+            lengths = lengths + counts
+            best = self._last_logits(counts).argmax(dim=-1).tolist()
+            rows = tuple((token,) if count else () for token, count in zip(best, counts.tolist(), strict=True))
+            for layer in range(spec.num_layers):
+                state[names.past_key_name(layer)] = self._outputs[names.present_key_name(layer)]
+                state[names.past_value_name(layer)] = self._outputs[names.present_value_name(layer)]
+                state[names.past_nodes_name(layer)] = self._outputs[names.present_nodes_name(layer)]
+
+    def _last_logits(self, counts: Tensor) -> Tensor:
+        logits = self._outputs[names.LOGITS]
+        if logits.shape[1] == 1:
+            return logits[:, 0]
+        return logits[torch.arange(len(counts)), (counts.long() - 1).clamp(min=0)]
+
+    def _state(self, case: Case) -> tuple[Feed, Tensor]:
+        """Pools with random keys and values where tokens are committed, and 0 elsewhere; pages in no order."""
+        spec, size, batch = self.spec, self.spec.hip.page_size, len(case.past)
+        needs = [
+            pages_for(past + new + case.steps, size) if past + new else 1
+            for past, new in zip(case.past, case.new, strict=True)
+        ]
+        order = torch.randperm(sum(needs), generator=self._random).to(torch.int32)
+        table = torch.full((batch, max(needs)), -1, dtype=torch.int32)
+        committed = torch.zeros(sum(needs), size, dtype=torch.bool)
+        first = 0
+        for row, (need, past) in enumerate(zip(needs, case.past, strict=True)):
+            table[row, :need] = order[first : first + need]
+            tokens = torch.arange(past)
+            committed[table[row, tokens // size].long(), tokens % size] = True
+            first += need
+        state: Feed = {}
+        shape = spec.pool_shape(sum(needs))
+        for layer in range(spec.num_layers):
+            for name in (names.past_key_name(layer), names.past_value_name(layer)):
+                pool = _KEY_SIZE * torch.randn(shape, generator=self._random) * committed[:, None, :, None]
+                state[name] = pool.to(spec.torch_dtype)
+            state[names.past_nodes_name(layer)] = torch.full(spec.nodes_shape(batch), -1, dtype=torch.int32)
+        return state, table
