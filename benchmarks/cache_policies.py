@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from importlib import import_module, metadata
 from itertools import groupby
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             options = {"context": context, "mode": mode, "warm_up": arguments.warm_up, "policies": policies}
             jobs.append((layers, config.replace(refresh_interval=interval, reuse_level=level), options))
     folders = [arguments.traces] * len(jobs)
+    print(f"{len(jobs)} pairs of context and mode to simulate", flush=True)
     if arguments.traces is not None:
         arguments.traces.mkdir(parents=True, exist_ok=True)
     if arguments.jobs == 1:
@@ -188,6 +190,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     else:
         with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
             rows = [row for result in pool.map(run_mode, jobs, folders) for row in result]
+    rows.sort(key=lambda row: row.context)
     return {
         "model": arguments.model.name, "layers": list(states), "steps": arguments.steps, "warm_up": arguments.warm_up,
         "stretch": STRETCH, "text": "Python's language reference" if arguments.text is None else arguments.text.name,
@@ -210,7 +213,8 @@ def markdown(content: dict[str, Any]) -> str:
         "of size 128 in bfloat16, also MiB per token), and the hit ratio of look-ups in percent. Sizes: of the "
         "different blocks that a step reads, and of the full cache of keys (or values).",
     ]
-    for (context, mode, cache), group in groupby(content["rows"], lambda r: (r["context"], r["mode"], r["cache"])):
+    lines += summary(content["rows"])
+    for (context, mode, cache), group in groupby(content["rows"], itemgetter("context", "mode", "cache")):
         rows = list(group)
         policies = list(dict.fromkeys(row["policy"] for row in rows))
         interval, level = MODES[mode]
@@ -230,6 +234,36 @@ def markdown(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Both caches of every context and mode in a line: what the shipped policy reads, and how far from the optimum."""
+    shown = (1.0, 1.5, 2.0, 3.0)
+    lines = [
+        "", "## The shipped policy, at 1, 1.5, 2 and 3 times what a step reads", "",
+        "Blocks over the bus per step, layer and KV head, and beside it how many times the optimum's; the last column "
+        "is true LRU at twice a step's reads over the optimum. A step's reads are different blocks per layer, of all KV "
+        "heads, on average.",
+        "", f"| context | searched | cache | step's reads | {' | '.join(f'{m:g}x' for m in shown)} | LRU, 2x |",
+        "|---" * (5 + len(shown)) + "|",
+    ]
+    for (context, mode, cache), group in groupby(rows, itemgetter("context", "mode", "cache")):
+        cells = {(row["multiple"], row["policy"]): row for row in group}
+        need = next(iter(cells.values()))["need"]
+
+        def ratio(multiple: float, policy: str, cells: dict[Any, Any] = cells) -> float | None:
+            if (multiple, policy) not in cells:
+                return None
+            return float(cells[multiple, policy]["transfers"] / cells[multiple, "optimum"]["transfers"])
+
+        numbers = [
+            "-" if (times := ratio(m, "shipped")) is None else f"{cells[m, 'shipped']['transfers']:.1f} ({times:.1f})"
+            for m in shown
+        ]
+        lru = ratio(2.0, "LRU")
+        lines.append(f"| {context // 1024}k | {mode} | {cache} | {need:.0f} | {' | '.join(numbers)} | "
+                     f"{'-' if lru is None else f'{lru:.1f}'} |")
+    return lines
+
+
 def plot(content: dict[str, Any], path: Path) -> bool:
     """Transfers over size for the context with all policies; False without matplotlib."""
     try:
@@ -238,7 +272,9 @@ def plot(content: dict[str, Any], path: Path) -> bool:
         return False
     pyplot = import_module("matplotlib.pyplot")
     context = content["all_policies"]
-    figure, grid = pyplot.subplots(2, len(MODES), figsize=(4 * len(MODES), 7), squeeze=False, sharey="row")
+    figure, grid = pyplot.subplots(
+        2, len(MODES), figsize=(4 * len(MODES), 7.5), squeeze=False, sharey="row", layout="constrained"
+    )
     for line, cache in zip(grid, ("keys", "values"), strict=True):
         for axes, (mode, (interval, level)) in zip(line, MODES.items(), strict=True):
             rows = [row for row in content["rows"]
@@ -248,8 +284,8 @@ def plot(content: dict[str, Any], path: Path) -> bool:
                           for row in rows if row["policy"] == policy]
                 axes.plot(*zip(*points, strict=True), marker=".", label=policy, **STYLES.get(policy, {}))
             how = "every step" if interval == 1 else f"every {interval} steps, reuse_level {level}"
-            axes.set(xscale="log", yscale="log", title=f"{cache}, searched {how}", xlabel="size / what a step reads")
-            ticks = (0.5, 1, 2, 4, 8, 16)
+            axes.set(xscale="log", yscale="log", title=f"{cache}\nsearched {how}", xlabel="size / what a step reads")
+            ticks = (0.5, 1, 2, 4, 8, 16, 32, 64)
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.set_xticks([], minor=True)
             axes.grid(True, alpha=0.3)

@@ -204,6 +204,11 @@ def optimum(blocks: list[int], steps: list[int], size: int, seed: int) -> bytear
     return met
 
 
+def set_of(block: int, sets: int) -> int:
+    """The set of a cache of ``sets`` sets in which the shipped cache keeps a block."""
+    return (block * _HASH & 0xFFFFFFFF) * sets >> 32
+
+
 def shipped(blocks: list[int], steps: list[int], size: int, seed: int) -> bytearray:
     """The cache of plugins/cuda/block_cache.cuh, with look-ups one after the other.
 
@@ -222,7 +227,7 @@ def shipped(blocks: list[int], steps: list[int], size: int, seed: int) -> bytear
             if step - last_use[slot] > GRACE:
                 last_use[slot] = step
             continue
-        first = ((block * _HASH & 0xFFFFFFFF) * sets >> 32) * WAYS
+        first = set_of(block, sets) * WAYS
         uses = last_use[first : first + WAYS]
         oldest = min(uses)
         if step - oldest <= GRACE + 1:
