@@ -26,7 +26,7 @@ def load_data() -> Iterator[Inputs]:
     """A prompt, a decode step after a cache of its length, and a batch of two prompts of which one is short."""
     path = Path(os.environ.get("HIP_TRT_MODEL", "build/model.onnx"))
     spec = read_onnx(path).spec
-    text = load_tokenizer(path.parent)(pydoc_data.topics.topics["assignment"])["input_ids"][:TOKENS]
+    text = load_tokenizer(path.parent)(pydoc_data.topics.topics["specialnames"])["input_ids"][:TOKENS]
     yield call(spec, new=[text], past=[0])
     yield call(spec, new=[text[-1:]], past=[len(text) - 1])
     yield call(spec, new=[text, text[:7]], past=[0, 5])

@@ -1,0 +1,123 @@
+"""README and docs: every command and program in them runs, links lead somewhere, and quoted errors are real."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from documented import PAGES, ROOT, Shell, blocks, commands
+from tiny_export import save_tiny_checkpoint
+
+from hip_trt.tensorrt_flavour import installed
+
+DOCS = ROOT / "docs"
+GPU = torch.cuda.is_available()
+
+NOT_RUN = {
+    "make demo": "installs everything, minutes; its three commands are run here and in test_samples.py",
+    "make test": "is this suite",
+    "pip install": "changes the environment of the tests",
+    "pytest": "is a part of this suite",
+    "hip-trt run engine.plan -f book.txt --offload": "executes an engine: needs a GPU (test_run_cli.py, tests/gpu)",
+}
+"""Commands, by how they begin, that are not run, and why."""
+
+PROGRAMS_NOT_RUN = {
+    "docs/offload.md": "executes an engine: needs a GPU (tests/gpu/test_offload_model_gpu.py)",
+    "docs/adding_a_family.md": "test_families.py::test_family_is_added runs it",
+}
+"""Pages whose Python blocks are not run here, and why."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the pages' commands name: a tiny model and a text."""
+    folder = tmp_path_factory.mktemp("root")
+    save_tiny_checkpoint(folder / "Llama-3.2-1B", max_position_embeddings=1024)
+    (folder / "book.txt").write_text("It was the best of times, it was the worst of times. " * 10)
+    (folder / "docs").mkdir()
+    return folder
+
+
+def pages() -> list[Path]:
+    return [page for page in PAGES if page.parent.name != "samples"]  # those have a test of their own
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if commands(page)], ids=lambda page: page.name)
+def test_commands(page: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "tensorrt-rtx" not in installed():
+        pytest.skip("needs the extra tensorrt-rtx")
+    shell = Shell(root, monkeypatch)
+    for command in commands(page):
+        if command.startswith(tuple(NOT_RUN)):
+            continue
+        outcome = shell.run(command)
+        assert outcome.status == 0, f"{command}\n{outcome.stdout}{outcome.stderr}"
+
+
+def test_list_of_commands_not_run_is_true() -> None:
+    listed = [command for page in pages() for command in commands(page)]
+    for start in NOT_RUN:
+        assert any(command.startswith(start) for command in listed), f"no such command any more: {start}"
+    for page in PROGRAMS_NOT_RUN:
+        assert blocks(ROOT / page, "python"), f"no program any more: {page}"
+
+
+def test_programs_of_the_readme(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One after the other: the second continues with what the first imported."""
+    if "tensorrt-rtx" not in installed():
+        pytest.skip("needs the extra tensorrt-rtx")
+    monkeypatch.chdir(root)
+    program = "\n".join(blocks(ROOT / "README.md", "python")).replace("max_seq_len=131072", "max_seq_len=512")
+    exec(compile(program, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out.strip()
+
+
+def test_programs_are_all_known() -> None:
+    with_programs = {str(page.relative_to(ROOT)) for page in PAGES if blocks(page, "python")}
+    assert with_programs == {"README.md", *PROGRAMS_NOT_RUN}
+
+
+def test_operator_reference_is_up_to_date() -> None:
+    page = runpy.run_path(str(DOCS / "operator_reference.py"))["page"]()
+    assert (DOCS / "operator_reference.md").read_text(encoding="utf-8") == page, "run python docs/operator_reference.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        other = (page.parent / name) if name else page
+        assert other.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", other.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_pages_name_exist(page: Path) -> None:
+    for name in re.findall(r"`((?:hip_trt|export|plugins|tests|benchmarks|docs|samples)/[\w./*-]+)", page.read_text()):
+        assert list(ROOT.glob(name.rstrip("/").partition("::")[0])), name
+
+
+def test_quoted_errors_are_real() -> None:
+    """Each message of the troubleshooting page occurs in the sources, its pieces in order; … is any text."""
+    sources = [*ROOT.glob("hip_trt/**/*.py"), *ROOT.glob("export/*.py"), *ROOT.glob("plugins/build_backend/**/*.py")]
+    text = "\n".join(re.sub(r'"\s*\n\s*f?"', "", source.read_text(encoding="utf-8")) for source in sources)
+    others = ("`potential hardlink attack`", "`is out of memory`", "`: cudaErrorNoKernelImageForDevice`")
+    found = 0
+    for line in (DOCS / "troubleshooting.md").read_text(encoding="utf-8").splitlines():
+        message = re.match(r"\| `(.+?)`", line)
+        if message is None or line.startswith(tuple(f"| {other}" for other in others)):
+            continue
+        pieces = [re.escape(piece) for piece in message[1].split("…") if piece]
+        assert re.search(r"[^\n]*?".join(pieces), text), message[1]
+        found += 1
+    assert found > 20
