@@ -1,7 +1,8 @@
 """The commands in the pages of the documentation, and how tests run them: on tiny random models in a folder that looks
 like the root of the repository.
 
-``hip-trt`` and ``python`` run in this process, which has loaded PyTorch already; everything else in one of its own.
+``hip-trt`` and ``python`` run in this process, which has loaded PyTorch already; everything else in one of its own, and
+so what a test wants ``apart``.
 """
 
 from __future__ import annotations
@@ -56,10 +57,16 @@ def commands(page: Path) -> list[str]:
 
 
 class Shell:
-    """Runs commands in a folder, as bash would: variables, ``$(...)`` and ``<`` are all that the pages use."""
+    """Runs commands in a folder, as bash would: variables, ``$(...)`` and ``<`` are all that the pages use.
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._monkeypatch = monkeypatch
+    Args:
+        folder: where to run them.
+        monkeypatch: of the test, which ends what they export.
+        apart: beginnings of commands that want a process of their own.
+    """
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, apart: tuple[str, ...] = ()) -> None:
+        self._monkeypatch, self._apart = monkeypatch, apart
         monkeypatch.chdir(folder)
 
     def run(self, command: str) -> Outcome:
@@ -76,7 +83,7 @@ class Shell:
             del words[at : at + 2]
         if words[0] == "hip-trt":
             return _hip_trt(words[1:], stdin)
-        if words[0] == "python":
+        if words[0] == "python" and not command.startswith(self._apart):
             return _python(words[1:])
         program = shutil.which(words[0], path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         if program is None:
