@@ -240,8 +240,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
         "", "## The shipped policy, at 1, 1.5, 2 and 3 times what a step reads", "",
         "Blocks over the bus per step, layer and KV head, and beside it how many times the optimum's; the last column "
-        "is true LRU at twice a step's reads over the optimum. A step's reads are different blocks per layer, of all KV "
-        "heads, on average.",
+        "is true LRU at twice a step's reads over the optimum. A step's reads are different blocks per layer, of all "
+        "KV heads, on average.",
         "", f"| context | searched | cache | step's reads | {' | '.join(f'{m:g}x' for m in shown)} | LRU, 2x |",
         "|---" * (5 + len(shown)) + "|",
     ]

@@ -153,27 +153,32 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
-    for leaf_branch in sorted({row["config"]["leaf_branch"] for row in rows}):
-        mine = [row for row in rows if row["config"]["leaf_branch"] == leaf_branch]
-        lengths = [row["tokens"] for row in mine]
-        for interval in map(str, INTERVALS):
+    widths = sorted({row["config"]["leaf_branch"] for row in rows}, reverse=True)
+    figure, panels = pyplot.subplots(1, len(widths) + 1, figsize=(5 * len(widths) + 5, 4))
+    for panel, width in zip(panels, widths, strict=False):
+        mine = [row for row in rows if row["config"]["leaf_branch"] == width]
+        for interval, color in zip(INTERVALS, ("tab:red", "tab:orange", "tab:blue"), strict=True):
             for place, style in (("resident", "--"), ("offloaded", "-")):
-                left.plot(lengths, [row["runs"][interval][place]["ms"] / row["layers"] * 32 for row in mine], style,
-                          marker="o", label=f"{place}, every {interval}, leaf_branch {leaf_branch}")
-        right.plot(lengths, [row["resident_bytes"] / row["layers"] * 32 / 2**30 for row in mine], "--", marker="o",
-                   label=f"resident, leaf_branch {leaf_branch}")
-        right.plot(lengths, [row["runs"]["8"]["offloaded"]["gpu_bytes"] / row["layers"] * 32 / 2**30 for row in mine],
-                   marker="o", label=f"offloaded, leaf_branch {leaf_branch}")
-    left.set(xscale="log", xlabel="tokens", ylabel="ms per token, 32 layers", ylim=(0, None))
-    right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="GPU memory of KV, GiB, 32 layers")
-    for axes in (left, right):
-        axes.set_xticks(sorted({row["tokens"] for row in rows}),
-                        [f"{tokens // 1024}k" for tokens in sorted({row["tokens"] for row in rows})])
-        axes.set_xticks([], minor=True)
-        axes.grid(True, alpha=0.3)
-        axes.legend(fontsize=6)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+                panel.plot([row["tokens"] for row in mine],
+                           [row["runs"][str(interval)][place]["ms"] / row["layers"] * 32 for row in mine], style,
+                           color=color, marker="o", label=f"{place}, searched every {interval}")
+        panel.set(xscale="log", xlabel="tokens", ylabel="ms per token, 32 layers", ylim=(0, None),
+                  title=f"leaf_branch {width}")
+        panels[-1].plot([row["tokens"] for row in mine],
+                        [row["runs"]["8"]["offloaded"]["gpu_bytes"] / row["layers"] * 32 / 2**30 for row in mine],
+                        marker="o", label=f"offloaded, leaf_branch {width}")
+    first = [row for row in rows if row["config"]["leaf_branch"] == widths[0]]
+    panels[-1].plot([row["tokens"] for row in first],
+                    [row["resident_bytes"] / row["layers"] * 32 / 2**30 for row in first], "k--", marker="o",
+                    label="resident")
+    panels[-1].set(xscale="log", yscale="log", xlabel="tokens", ylabel="GiB, 32 layers", title="GPU memory of KV")
+    for panel in panels:
+        panel.set_xticks(sorted({row["tokens"] for row in rows}),
+                         [f"{tokens // 1024}k" for tokens in sorted({row["tokens"] for row in rows})])
+        panel.set_xticks([], minor=True)
+        panel.grid(True, alpha=0.3)
+        panel.legend(fontsize=7)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 
 
