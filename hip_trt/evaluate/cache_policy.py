@@ -24,7 +24,7 @@ HIT, PLACED, REPLACED, BYPASSED = range(4)
 GRACE = 3
 """kGrace of plugins/cuda/block_cache.cuh: steps during which the shipped cache does not write a use down again."""
 
-_HASH = 0x9E3779B1
+_FACTORS = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F  # of the hashes, one for each set that a block may be in
 _EMPTY = -(1 << 40)  # step of last use of a slot that was never used
 
 Policy = Callable[[list[int], list[int], int, int], bytearray]
@@ -204,16 +204,17 @@ def optimum(blocks: list[int], steps: list[int], size: int, seed: int) -> bytear
     return met
 
 
-def set_of(block: int, sets: int) -> int:
-    """The set of a cache of ``sets`` sets in which the shipped cache keeps a block."""
-    return (block * _HASH & 0xFFFFFFFF) * sets >> 32
+def sets_of(block: int, sets: int) -> tuple[int, ...]:
+    """The sets of a cache of ``sets`` sets in which the shipped cache may put a block."""
+    return tuple((block * factor & 0xFFFFFFFF) * sets >> 32 for factor in _FACTORS)
 
 
 def shipped(blocks: list[int], steps: list[int], size: int, seed: int) -> bytearray:
     """The cache of plugins/cuda/block_cache.cuh, with look-ups one after the other.
 
-    A block's set of WAYS slots comes from its hash; the least recently used slot of the set is replaced, unless its
-    last use is GRACE + 1 steps back or fewer: then the block is not placed.
+    Hashes of a block name the sets of WAYS slots that it may be in. Of those slots the least recently used one is
+    replaced, unless its last use is GRACE + 1 steps back or fewer: then the block is not placed. Among equals it is the
+    first way from the one that the block names, in the first set.
     """
     met = bytearray(len(blocks))
     sets = size // WAYS
@@ -227,14 +228,17 @@ def shipped(blocks: list[int], steps: list[int], size: int, seed: int) -> bytear
             if step - last_use[slot] > GRACE:
                 last_use[slot] = step
             continue
-        first = set_of(block, sets) * WAYS
-        uses = last_use[first : first + WAYS]
-        oldest = min(uses)
+        firsts = [number * WAYS for number in sets_of(block, sets)]
+        uses = [last_use[first : first + WAYS] for first in firsts]
+        oldest = min(map(min, uses))
         if step - oldest <= GRACE + 1:
             met[i] = BYPASSED
             continue
-        turn = block % WAYS  # where the search for a slot among equals begins
-        slot = first + ((uses[turn:] + uses[:turn]).index(oldest) + turn) % WAYS
+        turn = block % WAYS
+        later, choice = min(
+            ((ways[turn:] + ways[:turn]).index(oldest), choice) for choice, ways in enumerate(uses) if oldest in ways
+        )
+        slot = firsts[choice] + (later + turn) % WAYS
         met[i] = PLACED
         if oldest != _EMPTY:
             del slots[held[slot]]
