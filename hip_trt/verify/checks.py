@@ -75,7 +75,7 @@ def rope_constants(file: OnnxFile) -> tuple[dict[str, np.ndarray[Any, Any]], Che
         if found.shape == expected[name].shape and np.allclose(found, expected[name], rtol=1e-6, atol=0):
             continue
         if found.shape == expected[name].shape and _own_factors(expected[name] / found):
-            detail = f"{name}: the checkpoint has factors of its own, which config.json cannot say: taken as they are"
+            detail = f"{name}: the checkpoint has factors of its own, unknown to config.json: taken as they are"
             del expected[name]
             continue
         detail = f"{name}: {_difference(found, expected[name])}"

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from polygraphy.comparator import CompareFunc, IterationResult
-from polygraphy.comparator.compare import CompareResult, Threshold
+from polygraphy.comparator import IterationResult
+from polygraphy.comparator.compare import CompareResult, SimpleCompareFunc, Threshold
 from torch import Tensor
 
 from hip_trt import operator as names
@@ -119,7 +119,7 @@ class ValuesCompareFunc:
         left, right = (_only(result, LAYER_VALUES, names.LOGITS) for result in (model, other))
         scales = {name: float(np.abs(value).max(initial=0)) for name, value in right.items()}
         limits = {name: self._tolerances.atol + self._tolerances.rtol * scale for name, scale in scales.items()}
-        compare = CompareFunc.simple(atol={"": 0.0, **limits}, rtol=0.0, check_error_stat="max")
+        compare = SimpleCompareFunc(atol={"": 0.0, **limits}, rtol=0.0, check_error_stat="max")
         results: OrderedDict[str, Any] = compare(left, right)
         for name, result in results.items():
             if not isinstance(result, bool):  # it is one where shapes differ

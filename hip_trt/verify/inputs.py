@@ -102,8 +102,8 @@ def plan_cases(
         cases.append(Case("prefill, decode", (0,), cut(2 * block + 1), steps=steps))
     if thorough:
         cases += [
-            Case(f"edge {length}", (past,), cut(length))
-            for length in (block - 1, block, page, page + 1)
+            Case(f"edge {length} after {past}", (past,), cut(length))
+            for length in sorted({block - 1, block, page, page + 1})
             for past in (0, min(hip.block_k - 1, limit - fit))
         ]
         cases.append(Case("long prompt", (0,), cut(limit // 2), steps=steps))

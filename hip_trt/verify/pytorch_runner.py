@@ -124,6 +124,7 @@ def load_model(source: str | Path, spec: ModelSpec) -> Any:
         )
     with init_empty_weights(include_buffers=False):
         model = checkpoint.family.model_class(config)
+    model.tie_weights()
     weights = {}
     for name, _ in model.named_parameters():
         if name not in checkpoint.tensors:

@@ -1,0 +1,309 @@
+"""``hip-trt verify`` on a tiny model: it passes, and fails for everything that can be wrong in a file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import AttributeProto, helper, numpy_helper
+from tiny_export import SPARSE, export_tiny
+from tiny_plan import write_plan
+from typer.testing import CliRunner
+
+pytest.importorskip("polygraphy")
+
+from hip_trt import operator as names
+from hip_trt.cli.app import app
+from hip_trt.errors import HipTrtError
+from hip_trt.onnx_file import read_onnx
+from hip_trt.runtime.onnxruntime import OrtExecutor
+from hip_trt.sidecar import FileRecord
+from hip_trt.spec import METADATA_KEY, ModelSpec
+from hip_trt.verify import Report, verify
+from hip_trt.verify.inputs import plan_cases
+from hip_trt.verify.verify import explain
+
+INV_FREQ = "model.rotary_emb.inv_freq"
+V_PROJ = "model.layers.1.self_attn.v_proj.weight_transposed"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_tiny(tmp_path_factory.mktemp("verify"), dtype="float32")
+
+
+@pytest.fixture
+def mutated(exported: Path, tmp_path: Path) -> Callable[[Callable[[onnx.ModelProto], None]], Path]:
+    """A copy of the model, changed, whose metadata knows no checksums."""
+
+    def mutate(change: Callable[[onnx.ModelProto], None]) -> Path:
+        model = onnx.load(exported)
+        change(model)
+        for entry in list(model.metadata_props):
+            if entry.key == "hip_trt_weights":
+                model.metadata_props.remove(entry)
+        shutil.copy(exported.with_name("config.json"), tmp_path)
+        onnx.save(model, tmp_path / "model.onnx")
+        return tmp_path / "model.onnx"
+
+    return mutate
+
+
+def set_weight(name: str, change: Callable[[np.ndarray], None]) -> Callable[[onnx.ModelProto], None]:
+    def mutate(model: onnx.ModelProto) -> None:
+        (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+        values = numpy_helper.to_array(tensor).copy()
+        change(values)
+        tensor.CopyFrom(numpy_helper.from_array(values, name))
+
+    return mutate
+
+
+def first_layers(report: Report) -> set[int | None]:
+    return {case.first_layer for case in report.cases if not case.agrees}
+
+
+def check(report: Report, name: str) -> bool:
+    return next(check.passed for check in report.checks if check.name == name)
+
+
+def test_agrees_with_the_reference(exported: Path) -> None:
+    report = verify(exported, against="reference")
+    assert report.agrees
+    assert [case.name for case in report.cases] == [
+        "short", "block edge", "ragged batch", "long context", "prefill, decode"
+    ]
+    for case in report.cases:
+        compared = {record.name for record in case.outputs}
+        assert compared == {"logits"} | {f"{kind}.{i}" for kind in ("query", "key", "value", "attended") for i in (0, 1)}
+    long = next(case for case in report.cases if case.name == "long context")
+    assert {record.name for record in long.agreements} == {"chosen_blocks.0", "chosen_blocks.1", "nodes.0", "nodes.1"}
+    assert long.calls[1:] == ("decode 1, searched", "decode 2, reused", "decode 3, searched", "decode 4, reused")
+
+
+def test_agrees_with_the_checkpoint(exported: Path) -> None:
+    report = verify(exported, against="pytorch", checkpoint=exported.parent / "checkpoint", thorough=True, steps=1)
+    assert report.agrees
+    assert len(report.cases) == 12
+
+
+def test_a_float16_export_agrees_within_its_rounding(tmp_path: Path) -> None:
+    path = export_tiny(tmp_path, dtype="float16", logits="all")
+    report = verify(path, against="pytorch", checkpoint=tmp_path / "checkpoint")
+    assert report.agrees
+    assert max(record.max_abs for case in report.cases for record in case.outputs) > 1e-4  # there is some to forgive
+
+
+@pytest.mark.parametrize("weight", [V_PROJ, "model.layers.1.mlp.down_proj.weight_transposed"])
+def test_one_altered_weight_is_found_against_the_checkpoint(exported: Path, mutated, weight: str) -> None:
+    def raise_one(values: np.ndarray) -> None:
+        values[3, 5] += 1.0
+
+    path = mutated(set_weight(weight, raise_one))
+    report = verify(path, against="pytorch", checkpoint=exported.parent / "checkpoint", steps=1)
+    assert not report.agrees
+    assert all(not case.agrees for case in report.cases)
+    if weight == V_PROJ:
+        assert first_layers(report) == {1}
+        assert all(case.first == "value.1" and "value weights of layer 1" in (case.cause or "") for case in report.cases)
+    else:
+        assert first_layers(report) == {None}
+        assert all("after the last layer" in (case.cause or "") for case in report.cases)
+
+
+@pytest.mark.parametrize("against", ["reference", "pytorch"])
+def test_an_altered_rope_constant_is_found(exported: Path, mutated, against: str) -> None:
+    def scale(values: np.ndarray) -> None:
+        values[1] *= 1.5
+
+    path = mutated(set_weight(INV_FREQ, scale))
+    report = verify(path, against=against, checkpoint=exported.parent / "checkpoint", steps=1)
+    assert 0 in first_layers(report)
+    worst = next(case for case in report.cases if case.name == "long context")
+    assert worst.first in ("query.0", "key.0")
+    assert "RoPE" in (worst.cause or "")
+    if against == "reference":
+        assert not check(report, "RoPE constants")
+
+
+def test_rope_factors_of_a_gguf_file_are_no_difference(exported: Path, mutated) -> None:
+    def slow_down(values: np.ndarray) -> None:
+        values[2:] /= 8
+
+    report = verify(mutated(set_weight(INV_FREQ, slow_down)), against="reference", steps=1)
+    assert report.agrees
+
+
+@pytest.mark.parametrize(("field", "value"), [("window_tokens", 12), ("scale", 0.1), ("decode_mask_k", 16)])
+def test_an_altered_attribute_is_found(exported: Path, mutated, field: str, value: float) -> None:
+    def mutate(model: onnx.ModelProto) -> None:
+        node = next(node for node in model.graph.node if node.op_type == names.OP_TYPE and "1" in node.output[3])
+        (attribute,) = (attribute for attribute in node.attribute if attribute.name == field)
+        attribute.CopyFrom(helper.make_attribute(field, value))
+
+    if field == "decode_mask_k":  # its past_nodes do not fit then, so the shapes of the graph forbid it
+        report = None
+        with pytest.raises(HipTrtError):
+            verify(mutated(mutate), against="pytorch", checkpoint=exported.parent / "checkpoint", steps=1)
+        return
+    report = verify(mutated(mutate), against="pytorch", checkpoint=exported.parent / "checkpoint", steps=1)
+    assert first_layers(report) == {1}
+    assert check(report, "attention attributes") is (field == "scale")
+
+
+def function_constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """The constants of the function body and of its subgraphs, by name."""
+    found: dict[str, onnx.TensorProto] = {}
+
+    def visit(nodes) -> None:
+        for node in nodes:
+            for attribute in node.attribute:
+                if attribute.type == AttributeProto.TENSOR:
+                    found[node.output[0]] = attribute.t
+                elif attribute.type == AttributeProto.GRAPH:
+                    visit(attribute.g.node)
+
+    visit(model.functions[0].node)
+    return found
+
+
+def test_an_altered_mask_index_is_found(mutated) -> None:
+    def mutate(model: onnx.ModelProto) -> None:
+        (scan,) = (node for node in model.functions[0].node if node.op_type == "Scan")
+        body = next(attribute.g for attribute in scan.attribute if attribute.type == AttributeProto.GRAPH)
+        descended = next(node.output[0] for node in body.node if node.op_type == "Loop")
+        (cut,) = (node for node in body.node if node.op_type == "Slice" and node.input[0] == descended)
+        start = [node.output[0] for node in body.node].index(cut.output[0])
+        shifted = helper.make_node("Sub", [cut.output[0], "mutated_one"], ["mutated_blocks"])
+        one = helper.make_node("Constant", [], ["mutated_one"], value_int=1)
+        for node in body.node:
+            for index, name in enumerate(node.input):
+                if name == cut.output[0]:
+                    node.input[index] = "mutated_blocks"
+        body.node.insert(start + 1, one)
+        body.node.insert(start + 2, shifted)
+
+    report = verify(mutated(mutate), against="reference", steps=1)
+    assert not report.agrees
+    assert first_layers(report) == {0}
+
+
+def test_altered_data_is_found_by_its_checksum(exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported.parent, tmp_path / "copy")
+    (data,) = (tmp_path / "copy").glob("*.data")
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    report = verify(tmp_path / "copy" / "model.onnx", against="reference", steps=0)
+    assert not check(report, "weights' checksums")
+    assert not report.agrees
+
+
+def test_two_exports_are_compared(exported: Path, mutated) -> None:
+    assert verify(exported, against="onnxruntime", baseline=exported, steps=1).agrees
+
+    def raise_all(values: np.ndarray) -> None:
+        values += 0.1
+
+    report = verify(mutated(set_weight(V_PROJ, raise_all)), against="onnxruntime", baseline=exported, steps=1)
+    assert first_layers(report) == {1}
+
+
+def test_a_plan_without_its_gpu_says_so_and_compares_its_model(exported: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "plan"
+    shutil.copytree(exported.parent, folder)
+    spec = read_onnx(exported).spec
+    plan = write_plan(folder, spec, model=(FileRecord.of(folder / "model.onnx"),))
+    report = verify(plan, against="reference", steps=0)
+    assert report.agrees
+    assert any("the engine did not run" in note for note in report.notes)
+    assert CliRunner().invoke(app, ["verify", str(plan), "--require-engine"]).exit_code == 2
+    other = write_plan(folder, spec.model_copy(update={"source": "other"}), model=(FileRecord.of(exported),))
+    assert not check(verify(other, against="reference", steps=0), "plan and model")
+
+
+def test_an_executor_is_compared_like_an_engine(exported: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The way of a plan on a GPU, with ONNX Runtime in TensorRT's place."""
+    folder = tmp_path / "plan"
+    shutil.copytree(exported.parent, folder)
+    spec = read_onnx(exported).spec
+    plan = write_plan(folder, spec, model=(FileRecord.of(folder / "model.onnx"),))
+    monkeypatch.setattr(
+        "hip_trt.runtime.tensorrt.TensorRTExecutor.load", lambda path: OrtExecutor(path.with_name("model.onnx"))
+    )
+    report = verify(plan, against="pytorch", checkpoint=folder / "checkpoint")
+    assert report.agrees
+    assert {record.name for record in report.cases[0].outputs} == {"logits", "key.0", "key.1", "value.0", "value.1"}
+    assert max(case.outputs[0].max_abs for case in report.cases) > 0
+    assert verify(plan, against="onnxruntime", steps=1).agrees
+
+
+def test_exit_codes_table_and_json(exported: Path, mutated, tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    good = run(app, ["verify", str(exported), "--steps", "1", "--json", str(tmp_path / "report.json")])
+    assert good.exit_code == 0, good.output
+    assert "both agree" in good.output
+    assert Report.model_validate_json((tmp_path / "report.json").read_text()).agrees
+
+    def scale(values: np.ndarray) -> None:
+        values *= 1.5
+
+    bad = run(app, ["verify", str(mutated(set_weight(INV_FREQ, scale))), "--steps", "1"])
+    assert bad.exit_code == 1
+    assert "first to differ" in bad.output
+    assert "RoPE" in bad.output
+    wrong = run(app, ["verify", str(exported), "--steps", "0", "--json", "-", "--atol", "0", "--rtol", "0"])
+    assert wrong.exit_code == 1
+    assert json.loads(wrong.stdout)["atol"] == 0
+    missing = run(app, ["verify", str(tmp_path / "none.onnx")])
+    assert missing.exit_code == 2
+    assert missing.stderr.count("\n") == 1
+    for options in (["--against", "pytorch"], ["--against", "onnxruntime"], ["--against", "guess"]):
+        assert run(app, ["verify", str(exported), *options]).exit_code == 2
+
+
+def test_prompts_replace_random_tokens(exported: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Once upon a time\n\nThe end\n")
+    result = CliRunner().invoke(app, ["verify", str(exported), "--prompts", str(prompts), "--steps", "1", "--json", "-"])
+    assert result.exit_code == 0, result.output
+    calls = {case["name"]: case["calls"][0] for case in json.loads(result.stdout)["cases"]}
+    assert calls["prompt 1"] == "prefill 16"
+    assert calls["prompt 2"] == "prefill 7"
+
+
+def test_bfloat16_is_refused_in_one_line(exported: Path, tmp_path: Path) -> None:
+    path = export_tiny(tmp_path, dtype="bfloat16")
+    result = CliRunner().invoke(app, ["verify", str(path), "--steps", "0"])
+    assert result.exit_code == 2
+    assert "bfloat16" in result.stderr
+
+
+def test_cases_reach_searches_and_stay_within_an_engine(exported: Path) -> None:
+    spec = ModelSpec.model_validate_json(
+        next(entry.value for entry in onnx.load(exported, load_external_data=False).metadata_props
+             if entry.key == METADATA_KEY)
+    )
+    for case in plan_cases(spec, steps=4, max_tokens=40, max_prefill=8, thorough=True):
+        assert all(new <= 8 for new in case.new)
+        assert all(past + new + case.steps <= 40 for past, new in zip(case.past, case.new, strict=True))
+    assert SPARSE.mask_k + SPARSE.sink_tokens + SPARSE.window_tokens < 40
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["logits"], "final norm"), (["query.3", "key.3", "attended.3"], "RoPE"),
+        (["query.3", "key.3", "value.3"], "MLP of layer 2"), (["query.0", "key.0", "value.0"], "embeddings"),
+        (["value.2", "query.3"], "value weights of layer 2"), (["chosen_blocks.1", "attended.1"], "mask search"),
+        (["attended.1", "logits"], "sink, window, scale"),
+    ],
+)
+def test_causes(wrong: list[str], words: str) -> None:
+    compared = {f"{kind}.{layer}" for kind in ("query", "key", "value", "attended") for layer in range(4)}
+    assert words in explain(wrong, compared)
