@@ -157,6 +157,39 @@ def test_cpp_sample(root: Path, tmp_path: Path) -> None:
         assert text in outcome.stderr
 
 
+@pytest.mark.parametrize("prompt", [1, 5, 6, 12])
+def test_cpp_sample_decodes(cpp_on_stand_in: Path, root: Path, prompt: int) -> None:
+    """Chunks, state, pages and the refresh schedule, on the engine of tests/cpp_stand_in: 5 tokens a call at most."""
+    tokens = [(7 * index + 3) % 97 for index in range(prompt)]
+    expected, sequence, nodes = [], list(tokens), -1
+    for step in range(11):
+        token = (nodes + 1 + sum(value * (position + 1) for position, value in enumerate(sequence))) % 97
+        expected.append(token)
+        nodes = len(sequence) if step % 3 == 0 else nodes
+        sequence.append(token)
+    command = [
+        cpp_on_stand_in, root / "build" / "engine.plan", hip_trt.library.plugin_path(), ",".join(map(str, tokens))
+    ]
+    done = subprocess.run([*command, "11", "3"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [int(line) for line in done.stdout.split()] == expected
+    too_long = subprocess.run([*command, "60"], capture_output=True, text=True)
+    assert (too_long.returncode, too_long.stdout) == ((1, "") if prompt + 60 > 64 else (0, too_long.stdout))
+    assert prompt + 60 <= 64 or "page_table: outside the plan's profiles" in too_long.stderr
+
+
+@pytest.fixture(scope="module")
+def cpp_on_stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    program = tmp_path_factory.mktemp("cpp") / "decode"
+    source = SAMPLES / "04_engine_in_cpp" / "main.cpp"
+    headers = Path(__file__).parent / "cpp_stand_in"
+    command = [str(compiler()), "-std=c++17", "-g", "-fsanitize=address,undefined", "-isystem", headers, source]
+    subprocess.run([*command, "-o", program, "-ldl"], check=True)
+    return program
+
+
 def headers_and_toolkit() -> tuple[Path, Path]:
     """As the plugin's own build finds them."""
     sys.path.insert(0, str(ROOT / "plugins" / "build_backend"))
