@@ -34,6 +34,7 @@ from hip_trt.evaluate.cache_policy import POLICIES, simulate
 from hip_trt.evaluate.cache_trace import Accesses, LayerStates, Trace, capture, replay
 from hip_trt.evaluate.perplexity import manual_text
 from hip_trt.offload import CacheCounts
+from hip_trt.offload.block_caches import WAYS
 
 STRETCH = 8192
 """Tokens of text in one pass: all that the sample model was trained for."""
@@ -127,17 +128,18 @@ def shortened(states: LayerStates, tokens: int, sink: int) -> LayerStates:
     return LayerStates(states.queries, torch.cat([states.keys[:, :sink], states.keys[:, sink - tokens :]], dim=1))
 
 
-def sizes(need: float, full: int) -> Iterator[tuple[float | None, int]]:
+def sizes(need: float, full: int, multiples: Sequence[float]) -> Iterator[tuple[float | None, int]]:
     """Multiples, and blocks rounded up to whole sets, below the full cache; then that."""
-    for multiple in MULTIPLES:
-        blocks = int(np.ceil(multiple * need / 32)) * 32
+    for multiple in multiples:
+        blocks = int(np.ceil(multiple * need / WAYS)) * WAYS
         if blocks < full:
             yield multiple, blocks
-    yield None, -(-full // 32) * 32
+    yield None, -(-full // WAYS) * WAYS
 
 
 def study(
-    traces: Sequence[Trace], *, context: int, mode: str, kv_heads: int, warm_up: int, policies: Sequence[str]
+    traces: Sequence[Trace], *, context: int, mode: str, kv_heads: int, warm_up: int, policies: Sequence[str],
+    multiples: Sequence[float],
 ) -> list[Row]:
     """Simulate all sizes of both caches, layer by layer, and add layers up."""
     rows = []
@@ -145,7 +147,7 @@ def study(
     for cache in ("keys", "values"):
         accesses: list[Accesses] = [getattr(trace, cache) for trace in traces]
         need = float(np.mean([a.distinct()[warm_up:].mean() for a in accesses]))
-        for multiple, blocks in sizes(need, full):
+        for multiple, blocks in sizes(need, full, multiples):
             for policy in policies:
                 counts = sum((simulate(policy, a, blocks).counts(warm_up) for a in accesses), CacheCounts(0, 0, 0, 0))
                 unit = sum(a.steps - warm_up for a in accesses) * kv_heads
@@ -179,7 +181,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         layers = [shortened(layer, context, config.sink_tokens) for layer in states.values()]
         for mode, (interval, level) in MODES.items():
             policies = tuple(POLICIES) if context == arguments.all_policies else FEW
-            options = {"context": context, "mode": mode, "warm_up": arguments.warm_up, "policies": policies}
+            options = {"context": context, "mode": mode, "warm_up": arguments.warm_up, "policies": policies,
+                       "multiples": arguments.multiples}
             jobs.append((layers, config.replace(refresh_interval=interval, reuse_level=level), options))
     folders = [arguments.traces] * len(jobs)
     print(f"{len(jobs)} pairs of context and mode to simulate", flush=True)
@@ -315,6 +318,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 10, 17, 24])
     parser.add_argument("--steps", type=int, default=256, help="decode steps")
     parser.add_argument("--warm-up", type=int, default=64, help="first steps that are not counted")
+    parser.add_argument("--multiples", type=float, nargs="+", default=MULTIPLES, help="sizes, of what a step reads")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--traces", type=Path, help="keep the traces in this folder, as .npz")
     parser.add_argument("--states", type=Path, help="file of recorded queries and keys: read if there, else written")

@@ -176,6 +176,7 @@ def test_a_benchmark(tmp_path: Path) -> None:
     options = [
         "--model", "none.gguf", "--states", str(file), "--out", str(tmp_path), "--contexts", "1k", "2k",
         "--all-policies", "2k", "--steps", "20", "--warm-up", "4", "--jobs", "1", "--traces", str(tmp_path / "t"),
+        "--multiples", "0.5", "1",
     ]
     cache_policies.main(cache_policies.parse(options))
     content = json.loads((tmp_path / "cache_policies.json").read_text())
@@ -188,6 +189,7 @@ def test_a_benchmark(tmp_path: Path) -> None:
         assert row["transfers"] >= least[where(row)] - 0.5  # steps before the warm-up's end may have been better
         if row["multiple"] is None and row["policy"] == "LRU":
             assert row["transfers"] < row["lookups"] / 3
+    assert {row["multiple"] for row in rows} == {0.5, 1, None}
     trace = Trace.load(tmp_path / "t" / "2048-top-0.npz")
     assert trace.pool_blocks == 128
     lookups = next(r["lookups"] for r in rows if (r["context"], r["mode"], r["cache"]) == (2048, "top", "keys"))
