@@ -7,7 +7,7 @@ Example:
     True
 """
 
+from hip_trt.verify.comparison import verify
 from hip_trt.verify.report import Report
-from hip_trt.verify.verify import verify
 
 __all__ = ["Report", "verify"]

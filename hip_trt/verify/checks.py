@@ -75,7 +75,7 @@ def rope_constants(file: OnnxFile) -> tuple[dict[str, np.ndarray[Any, Any]], Che
         if found.shape == expected[name].shape and np.allclose(found, expected[name], rtol=1e-6, atol=0):
             continue
         if found.shape == expected[name].shape and _own_factors(expected[name] / found):
-            detail = f"{name}: the checkpoint has factors of its own, unknown to config.json: taken as they are"
+            detail = f"{name}: divided as in a GGUF file with factors of its own, which were taken as they are"
             del expected[name]
             continue
         detail = f"{name}: {_difference(found, expected[name])}"
@@ -84,7 +84,7 @@ def rope_constants(file: OnnxFile) -> tuple[dict[str, np.ndarray[Any, Any]], Che
 
 
 def _own_factors(divisors: np.ndarray[Any, Any]) -> bool:
-    """Whether divisors look like a GGUF file's rope_freqs: 1 for fast frequencies, rising to one value for slow ones."""
+    """Whether divisors look like a GGUF file's rope_freqs: 1 for fast frequencies, one larger value for slow ones."""
     rising = bool(np.all(np.diff(divisors) >= -1e-5)) and abs(float(divisors[0]) - 1) < 1e-5
     return rising and int(np.isclose(divisors, divisors[-1], rtol=1e-4).sum()) >= max(2, len(divisors) // 8)
 

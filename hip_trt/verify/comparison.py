@@ -45,7 +45,7 @@ def verify(
     against: Against = "reference",
     checkpoint: str | Path | None = None,
     baseline: str | Path | None = None,
-    steps: int = 4,
+    steps: int = 2,
     max_tokens: int | None = None,
     thorough: bool = False,
     prompts: Sequence[Sequence[int]] | None = None,
