@@ -22,6 +22,7 @@ NOT_RUN = {
     "pip install": "changes the environment of the tests",
     "pytest": "is a part of this suite",
     "hip-trt run engine.plan -f book.txt --offload": "executes an engine: needs a GPU (test_run_cli.py, tests/gpu)",
+    "hip-trt verify build/engine.plan --against onnxruntime": "executes an engine: needs a GPU (test_verify.py)",
 }
 """Commands, by how they begin, that are not run, and why."""
 
@@ -32,14 +33,17 @@ PROGRAMS_NOT_RUN = {
 """Pages whose Python blocks are not run here, and why."""
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the pages' commands name: a tiny model and a text."""
-    folder = tmp_path_factory.mktemp("root")
-    save_tiny_checkpoint(folder / "Llama-3.2-1B", max_position_embeddings=1024)
-    (folder / "book.txt").write_text("It was the best of times, it was the worst of times. " * 10)
-    (folder / "docs").mkdir()
-    return folder
+BEFORE = {"verification.md": "hip-trt export --model ./Llama-3.2-1B --out build/engine.plan --dtype float32"}
+"""What has been done before a page's commands."""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder with what the pages' commands name: tiny models and a text."""
+    for name in ("Llama-3.2-1B", "SmolLM2-135M-Instruct"):
+        save_tiny_checkpoint(tmp_path / name, max_position_embeddings=1024)
+    (tmp_path / "book.txt").write_text("It was the best of times, it was the worst of times. " * 10)
+    return tmp_path
 
 
 def pages() -> list[Path]:
@@ -51,7 +55,7 @@ def test_commands(page: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> No
     if "tensorrt-rtx" not in installed():
         pytest.skip("needs the extra tensorrt-rtx")
     shell = Shell(root, monkeypatch)
-    for command in commands(page):
+    for command in (*([BEFORE[page.name]] if page.name in BEFORE else []), *commands(page)):
         if command.startswith(tuple(NOT_RUN)):
             continue
         outcome = shell.run(command)

@@ -34,7 +34,7 @@ GPU = torch.cuda.is_available()
 NOT_RUN = {
     "hip-trt export --model build/sample/SmolLM2-135M-Instruct.Q4_1.gguf --out build/engine.plan":
         "the fixture exports the tiny model so",
-    "POLYGRAPHY_USE_TENSORRT_RTX=1": "executes an engine: needs a GPU",
+    "HIP_TRT_MODEL=build/model.onnx POLYGRAPHY_USE_TENSORRT_RTX=1": "executes an engine: needs a GPU",
     "cmake": "test_cpp_sample runs it, with the paths of this machine",
     "build/cpp/decode": "test_cpp_sample runs it",
     "tritonserver": "needs Triton Inference Server",
@@ -288,9 +288,17 @@ def sample() -> dict[str, Any]:
     return runpy.run_path(str(SAMPLES / "03_engine_in_python" / "decode.py"))
 
 
-@pytest.mark.parametrize("prompt", [1, 16, 17, 40])
-def test_python_sample_decodes_as_the_runtime_does(root: Path, sample: dict[str, Any], prompt: int) -> None:
-    path = root / "build" / "model.onnx"
+@pytest.fixture(scope="module")
+def exported(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models with the logits of the last token, and of every token."""
+    return {"last": root / "build" / "model.onnx", "all": export_tiny(tmp_path_factory.mktemp("all"), logits="all")}
+
+
+@pytest.mark.parametrize(("prompt", "logits"), [(1, "last"), (16, "last"), (17, "all"), (40, "last"), (1, "all")])
+def test_python_sample_decodes_as_the_runtime_does(
+    exported: dict[str, Path], sample: dict[str, Any], prompt: int, logits: str
+) -> None:
+    path = exported[logits]
     trt_types = {ours: trt for trt, ours in sample["TYPES"].items()}
     engine = EngineOnCpu(path, trt_types, most_new=16)
     engine.modes_of = {
