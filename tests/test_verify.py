@@ -181,41 +181,28 @@ def test_an_altered_attribute_is_found(exported: Path, mutated, field: str, valu
     assert check(report, "attention attributes") is (field == "scale")
 
 
-def function_constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
-    """The constants of the function body and of its subgraphs, by name."""
-    found: dict[str, onnx.TensorProto] = {}
-
-    def visit(nodes) -> None:
-        for node in nodes:
-            for attribute in node.attribute:
-                if attribute.type == AttributeProto.TENSOR:
-                    found[node.output[0]] = attribute.t
-                elif attribute.type == AttributeProto.GRAPH:
-                    visit(attribute.g.node)
-
-    visit(model.functions[0].node)
-    return found
+def body_of(node: onnx.NodeProto) -> onnx.GraphProto:
+    return next(attribute.g for attribute in node.attribute if attribute.type == AttributeProto.GRAPH)
 
 
 def test_an_altered_mask_index_is_found(mutated) -> None:
-    def mutate(model: onnx.ModelProto) -> None:
-        (scan,) = (node for node in model.functions[0].node if node.op_type == "Scan")
-        body = next(attribute.g for attribute in scan.attribute if attribute.type == AttributeProto.GRAPH)
-        descended = next(node.output[0] for node in body.node if node.op_type == "Loop")
-        (cut,) = (node for node in body.node if node.op_type == "Slice" and node.input[0] == descended)
-        start = [node.output[0] for node in body.node].index(cut.output[0])
-        shifted = helper.make_node("Sub", [cut.output[0], "mutated_one"], ["mutated_blocks"])
-        one = helper.make_node("Constant", [], ["mutated_one"], value_int=1)
-        for node in body.node:
-            for index, name in enumerate(node.input):
-                if name == cut.output[0]:
-                    node.input[index] = "mutated_blocks"
-        body.node.insert(start + 1, one)
-        body.node.insert(start + 2, shifted)
+    def lower_the_best(model: onnx.ModelProto) -> None:
+        """Every index that the search's TopK gives is one too low."""
+        scan = next(node for node in model.functions[0].node if node.op_type == "Scan")
+        level = body_of(next(node for node in body_of(scan).node if node.op_type == "Loop"))
+        place = next(index for index, node in enumerate(level.node) if node.op_type == "TopK")
+        best = level.node[place].output[1]
+        gather = next(node for node in level.node if node.op_type == "GatherElements" and best in node.input)
+        gather.input[list(gather.input).index(best)] = "lowered"
+        for offset, node in enumerate((
+            helper.make_node("Constant", [], ["one"], value_int=1), helper.make_node("Sub", ["one", "one"], ["zero"]),
+            helper.make_node("Sub", [best, "one"], ["below"]), helper.make_node("Max", ["below", "zero"], ["lowered"]),
+        )):
+            level.node.insert(place + 1 + offset, node)
 
-    report = verify(mutated(mutate), against="reference", steps=1)
-    assert not report.agrees
-    assert first_layers(report) == {0}
+    report = verify(mutated(lower_the_best), against="reference", steps=1)
+    assert {case.first for case in report.cases if not case.agrees} == {"chosen_blocks.0"}
+    assert any("mask search of layer 0" in (case.cause or "") for case in report.cases)
 
 
 def test_altered_data_is_found_by_its_checksum(exported: Path, tmp_path: Path) -> None:
