@@ -47,8 +47,8 @@ class Tolerances:
 
 DEFAULTS: dict[DType, Tolerances] = {
     "float32": Tolerances(1e-4, 1e-3, 0.99),
-    "float16": Tolerances(1e-3, 5e-2, 0.9),
-    "bfloat16": Tolerances(1e-2, 1.5e-1, 0.7),
+    "float16": Tolerances(1e-3, 1.5e-1, 0.9),
+    "bfloat16": Tolerances(1e-2, 4e-1, 0.7),
 }
 
 
