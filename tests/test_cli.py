@@ -69,7 +69,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_names_the_commands() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("export", "run", "inspect", "doctor"):
+    for command in ("export", "run", "inspect", "doctor", "verify", "serve-repo"):
         assert command in result.stdout
 
 

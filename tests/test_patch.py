@@ -296,7 +296,8 @@ def test_importing_hip_trt_imports_no_transformers() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: MistralForCausalLM(MistralConfig(sliding_window=64, num_key_value_heads=1, **TINY)), "sliding window of 64 tokens"),
+        (lambda: MistralForCausalLM(MistralConfig(sliding_window=64, num_key_value_heads=1, **TINY)),
+         "sliding window of 64 tokens"),
         (lambda: Gemma2ForCausalLM(Gemma2Config(layer_types=["full_attention"], **TINY)), "attn_logit_softcapping"),
         (lambda: Qwen2ForCausalLM(Qwen2Config(layer_types=["linear_attention"], **TINY)), "linear_attention"),
         (lambda: T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, num_layers=1, vocab_size=9)), "T5"),

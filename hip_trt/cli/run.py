@@ -92,12 +92,12 @@ def run(
     key_cache_mib: Annotated[
         float | None, typer.Option("--key-cache-mib", help="GPU memory for hot keys, which the mask search reads most, "
                                    "all layers together.", rich_help_panel=_OFFLOAD,
-                                   show_default="what a step reads, at least 3.9% of the full cache")
+                                   show_default="what a step reads, at least 4.2% of the full cache")
     ] = None,
     value_cache_mib: Annotated[
         float | None, typer.Option("--value-cache-mib", help="GPU memory for hot values, which attention reads, all "
                                    "layers together.", rich_help_panel=_OFFLOAD,
-                                   show_default="what a step reads, at least 1% of the full cache")
+                                   show_default="what a step reads, at least 0.7% of the full cache")
     ] = None,
     cache_share: Annotated[
         float | None, typer.Option("--cache-share", help="Both together, as a share of the full cache, such as 0.05.",

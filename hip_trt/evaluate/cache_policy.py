@@ -21,7 +21,7 @@ from hip_trt.offload.block_caches import WAYS, CacheCounts
 HIT, PLACED, REPLACED, BYPASSED = range(4)
 """What a look-up met: a block in the cache; a miss placed in an empty slot, in another block's slot, or not at all."""
 
-GRACE = 3
+GRACE = 1
 """kGrace of plugins/cuda/block_cache.cuh: steps during which the shipped cache does not write a use down again."""
 
 _FACTORS = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F  # of the hashes, one for each set that a block may be in

@@ -29,7 +29,7 @@ static_assert(kWays == kWarpSize, "a lane looks at a way of each set");
 
 constexpr int kChoices = 4; // sets
 
-constexpr int kGrace = 3; // steps during which a use need not be written down again
+constexpr int kGrace = 1; // steps during which a use need not be written down again
 
 using Owner = unsigned long long; // the type that atomic functions take
 
