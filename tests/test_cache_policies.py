@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hip_trt.config import HipConfig
 from hip_trt.errors import RuntimeInputError
-from hip_trt.evaluate.cache_policy import BYPASSED, HIT, PLACED, POLICIES, REPLACED, sets_of, simulate
+from hip_trt.evaluate.cache_policy import BYPASSED, GRACE, HIT, PLACED, POLICIES, REPLACED, sets_of, simulate
 from hip_trt.evaluate.cache_trace import Accesses, LayerStates, Trace, replay
 from hip_trt.offload import BlockCaches, CacheCounts
 from hip_trt.offload.block_caches import WAYS
@@ -115,13 +115,13 @@ def test_every_policy_keeps_what_fits() -> None:
 
 
 def test_shipped_replaces_nothing_that_may_be_in_use() -> None:
-    """One set: a slot is free five steps after the use that was written down, which hits renew after four only."""
-    full = list(range(32))
-    for step, expected in ((4, B), (5, R)):
+    """One set: a slot is free GRACE + 2 steps after the use written down, which hits renew after GRACE + 1 only."""
+    full, held, free = list(range(32)), GRACE + 1, GRACE + 2
+    for step, expected in ((held, B), (free, R)):
         assert met("shipped", [*full, 99], 32, [0] * 32 + [step])[-1] == expected
     renewed = [*full, *full, 99]
-    assert met("shipped", renewed, 32, [0] * 32 + [3] * 32 + [5])[-1] == R
-    assert met("shipped", renewed, 32, [0] * 32 + [4] * 32 + [8])[-1] == B
+    assert met("shipped", renewed, 32, [0] * 32 + [GRACE] * 32 + [free])[-1] == R
+    assert met("shipped", renewed, 32, [0] * 32 + [held] * 32 + [2 * held])[-1] == B
 
 
 def test_shipped_starts_at_the_slot_of_the_block_among_equals() -> None:
