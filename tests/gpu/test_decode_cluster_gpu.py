@@ -6,26 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from clusters import LLAMA, NEEDS_CLUSTERS
 from decode_cluster_cases import DECODE_GRID, LARGE, decode_case
 from kernel_checks import check, run
 from operator_cases import Case, make_inputs
 from test_kernels_gpu import library  # noqa: F401  (the fixture)
 from torch import Tensor
 
-from hip_trt.config import HipConfig
 from hip_trt.library import Library
 from hip_trt.reference import select_blocks, sparse_attention
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9,
-        reason="needs a GPU with thread-block clusters",
-    ),
-]
-
-LLAMA = HipConfig()
-"""The defaults, with Llama-3.1-8B's 32 query heads on 8 and head size 128."""
+pytestmark = NEEDS_CLUSTERS
 
 
 def llama(past: tuple[int, ...], new: tuple[int, ...], name: str, **fields: object) -> Case:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from clusters import LLAMA, NEEDS_CLUSTERS
 from offload_steps import CONFIG, Conversation, assert_same
 from test_kernels_gpu import library  # noqa: F401  (the fixture)
 from torch import Tensor
@@ -16,16 +17,7 @@ from hip_trt.library import Library
 from hip_trt.offload import BlockCaches, CacheCounts
 from hip_trt.offload.block_caches import Staging
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9,
-        reason="needs a GPU with thread-block clusters",
-    ),
-]
-
-LLAMA = HipConfig()
-"""The defaults, with Llama-3.1-8B's 32 query heads on 8 and head size 128."""
+pytestmark = NEEDS_CLUSTERS
 
 CUDA = torch.device("cuda:0")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from clusters import LLAMA, NEEDS_CLUSTERS
 from oracle import tiny_llama
 from test_kernels_gpu import library  # noqa: F401  (the fixture)
 from torch import Tensor
@@ -19,19 +20,13 @@ from hip_trt.errors import PluginError, RuntimeInputError
 from hip_trt.library import Library
 from hip_trt.offload import Geometry, Offload, OffloadedCache
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9,
-        reason="needs a GPU with thread-block clusters",
-    ),
-]
+pytestmark = NEEDS_CLUSTERS
+
 CUDA = torch.device("cuda:0")
 SPARSE = HipConfig.create(
     mask_k=64, decode_mask_k=32, block_q=16, block_k=8, stride_q=4, branch=2, leaf_branch=2, page_size=16,
     sink_tokens=8, window_tokens=16, refresh_interval=3,
 )
-LLAMA = HipConfig.create()
 
 
 @pytest.fixture
