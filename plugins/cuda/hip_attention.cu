@@ -57,22 +57,26 @@ cudaError_t attendChosen(const Call& call, cudaStream_t stream)
     return attend<T, D>(call, stream);
 }
 
-// On pools in host memory: new rows are written there; the call goes on in the staging area, if that has room for it.
+// On pools in host memory: cached copies of what the call writes are dropped, and if the staging area has room, new rows are
+// written to the pools now and the call goes on in that area.
 cudaError_t moveToStaging(Call& call, const HipTrtOffload& offload, cudaStream_t stream)
 {
-    cudaError_t error = updateCache(call, stream);
-    if (error == cudaSuccess)
-    {
-        error = forgetWritten(call, offload, stream);
-    }
-    if (error != cudaSuccess || call.shape.new_tokens == 1 || !canStage(call, offload))
+    cudaError_t error = forgetWritten(call, offload, stream);
+    if (call.shape.new_tokens == 1 || !canStage(call, offload))
     {
         call.host_pools = true;
         return error;
     }
+    if (error == cudaSuccess)
+    {
+        error = updateCache(call, stream);
+    }
     Call staged;
-    error = stagePages(call, offload, staged, stream);
-    call = staged;
+    if (error == cudaSuccess)
+    {
+        error = stagePages(call, offload, staged, stream);
+        call = staged;
+    }
     return error;
 }
 
