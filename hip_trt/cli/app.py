@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hip_trt.cli import doctor, export, inspect, run, serve_repo, verify
+from hip_trt.cli import doctor, eval, export, inspect, run, serve_repo, verify
 from hip_trt.cli.console import Commands
 
 app = typer.Typer(
@@ -37,5 +37,5 @@ def _options(
     pass
 
 
-for command in (export, run, verify, inspect, serve_repo, doctor):
+for command in (export, run, verify, eval, inspect, serve_repo, doctor):
     command.register(app)
