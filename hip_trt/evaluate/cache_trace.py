@@ -19,10 +19,8 @@ from torch import Tensor
 
 from hip_trt.config import HipConfig
 from hip_trt.errors import RuntimeInputError
+from hip_trt.evaluate.attention_states import visit_layers
 from hip_trt.reference import select_blocks
-
-CAPTURE = "hip_trt_capture"
-"""The attention implementation's name in transformers."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ def capture(
     """Queries and keys of a context made of several stretches of text, side by side.
 
     Args:
-        model: a transformers causal language model; its layers beyond those asked for are taken off.
+        model: a transformers causal language model.
         stretches: token ids, each stretch within the model's context. The last one's end is decoded.
         layers: whose states are wanted.
         steps: N, decode steps.
@@ -200,34 +198,16 @@ def capture(
         raise RuntimeInputError(f"{steps} decode steps need more than {last} tokens.", "Give a longer stretch.")
     if not layers or not all(0 <= layer < depth for layer in layers):
         raise RuntimeInputError(f"layers: {list(layers)} is not allowed.", f"Give some of 0 to {depth - 1}.")
-    _register()
-    model.set_attn_implementation(CAPTURE)
-    decoder = model.base_model
-    decoder.layers = decoder.layers[: max(layers) + 1]
     keys: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
-    with torch.inference_mode():
-        for number, stretch in enumerate(stretches):
-            decoder(torch.tensor([list(stretch)]), use_cache=False, captured=seen)
-            for layer in layers:
-                keys[layer].append(seen[layer][1][:, drop if number else 0 :].float())
-            if progress is not None:
-                progress(number)
-    return {layer: LayerStates(seen[layer][0][:, -steps:].float(), torch.cat(keys[layer], dim=1)) for layer in layers}
+    queries: dict[int, Tensor] = {}
 
+    def visit(layer: int, every_query: Tensor, every_key: Tensor, scale: float) -> None:
+        if layer in keys:
+            queries[layer] = every_query[:, -steps:].float()
+            keys[layer].append(every_key[:, drop if keys[layer] else 0 :].float())
 
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-        scaling: float | None = None, captured: dict[int, tuple[Tensor, Tensor]], **_: Any,
-    ) -> tuple[Tensor, None]:
-        captured[module.layer_idx] = query[0], key[0]
-        output = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
-        )
-        return output.transpose(1, 2), None
-
-    AttentionInterface.register(CAPTURE, attention)
-    AttentionMaskInterface.register(CAPTURE, lambda **_: None)
+    for number, stretch in enumerate(stretches):
+        visit_layers(model, stretch, visit, layers=max(layers) + 1)
+        if progress is not None:
+            progress(number)
+    return {layer: LayerStates(queries[layer], torch.cat(keys[layer], dim=1)) for layer in layers}
