@@ -1,0 +1,71 @@
+"""A checkpoint as a transformers model and its tokenizer, ready to be evaluated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hip_trt.errors import CheckpointError, EnvironmentProblem, RuntimeInputError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_model(path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer. Nothing is fetched.
+
+    Args:
+        path: a Hugging Face folder, or a .gguf file.
+        device: where the model goes, such as "cuda".
+        dtype: of its weights and activations.
+
+    Returns:
+        The model, not patched, in evaluation mode; and the tokenizer.
+
+    Raises:
+        CheckpointError: the path is missing, or transformers cannot load what is there.
+        EnvironmentProblem: there is no such device.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(path)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise EnvironmentProblem(f"--device {device}: PyTorch sees no GPU.", "Give --device cpu.")
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder.", "Give a .gguf file or a Hugging Face folder.")
+    where: dict[str, Any] = {"pretrained_model_name_or_path": path, "local_files_only": True}
+    if path.is_file():
+        where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "local_files_only": True}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+    except Exception as error:  # transformers raises many kinds over damaged or missing files
+        raise CheckpointError(
+            f"{path}: transformers cannot load it: {' '.join(str(error).split())[:300]}.",
+            "Give a whole checkpoint of a causal language model, with its tokenizer.",
+        ) from None
+    return model.to(device).eval(), tokenizer
+
+
+def encode(tokenizer: Any, content: str, count: int, name: str, *, least: int | None = None) -> list[int]:
+    """The first ``count`` tokens of a text.
+
+    Args:
+        tokenizer: of transformers.
+        content: the text; only so much as may be needed is read.
+        count: tokens wanted.
+        name: of the text, for messages.
+        least: tokens needed; by default all.
+
+    Raises:
+        RuntimeInputError: the text is shorter.
+    """
+    read = 16 * count + 1000  # characters: no tokenizer in use has tokens so long
+    ids: list[int] = tokenizer(content[:read])["input_ids"][:count]
+    if len(ids) < (count if least is None else least):
+        raise RuntimeInputError(
+            f"The text {name} has {len(ids)} tokens, and {count if least is None else least} are needed.",
+            "Give a longer text, or a smaller --max-tokens.",
+        )
+    return ids
