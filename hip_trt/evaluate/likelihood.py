@@ -12,7 +12,7 @@ from hip_trt.errors import RuntimeInputError
 
 
 class LogLikelihood:
-    """Sums the negative log likelihood of a text's tokens, each given the ones before it.
+    """Keeps the negative log likelihood of a text's tokens, each given the ones before it.
 
     Args:
         tokens: the text.
@@ -31,8 +31,7 @@ class LogLikelihood:
             )
         self._tokens = torch.tensor(list(tokens))
         self._skip = skip
-        self._total = 0.0
-        self._count = 0
+        self._losses: list[Tensor] = []
 
     def add(self, logits: Tensor, start: int) -> None:
         """Add the predictions of consecutive tokens.
@@ -46,10 +45,14 @@ class LogLikelihood:
         if len(targets):
             predictions = logits[first - start :][: len(targets)].float()
             losses = torch.nn.functional.cross_entropy(predictions, targets, reduction="none")
-            self._total += float(losses.double().sum())
-            self._count += len(targets)
+            self._losses.append(losses.double())
+
+    @property
+    def losses(self) -> Tensor:
+        """Negative log likelihood of each prediction that was added, in order: [N] float64, in nats, on the CPU."""
+        return torch.cat([part.cpu() for part in self._losses])
 
     @property
     def perplexity(self) -> float:
         """exp of the mean negative log likelihood of what was added."""
-        return math.exp(self._total / self._count)
+        return math.exp(float(self.losses.mean()))
