@@ -13,7 +13,7 @@ import os
 import re
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import metadata
@@ -33,6 +33,9 @@ ROOT = Path(__file__).parents[1]
 PLUGINS = ROOT / "plugins"
 HOST = "HIP_TRT_PLUGIN_HOST"
 """Environment variable that names the program for GPUs; the one of the last build if it is not set."""
+
+SESSION = "HIP_TRT_PLUGIN_SESSION"
+"""Environment variable that names the library of plugin_session.cpp; the one of the last build if it is not set."""
 
 TENSORRT = "HIP_TRT_TENSORRT"
 """Environment variable that names TensorRT libraries to load the plugin with, apart by colons; installed ones if unset.
@@ -165,13 +168,22 @@ def _bytes(tensor: Tensor) -> bytes:
 
 def find_host() -> Path:
     """The program for GPUs, which the build puts beside the library when it is asked for; skips the test without."""
-    if HOST in os.environ:
-        return Path(os.environ[HOST])
-    hosts = [path for path in (ROOT / "build").glob("*/plugin_host") if path.is_file()]
-    hosts.sort(key=lambda host: host.stat().st_mtime)
-    if not hosts:
+    return _find_built(HOST, "plugin_host")
+
+
+def find_session() -> Path:
+    """The library of plugin_session.cpp, likewise."""
+    return _find_built(SESSION, "libplugin_session.so")
+
+
+def _find_built(variable: str, name: str) -> Path:
+    if variable in os.environ:
+        return Path(os.environ[variable])
+    found = [path for path in (ROOT / "build").glob(f"*/{name}") if path.is_file()]
+    found.sort(key=lambda path: path.stat().st_mtime)
+    if not found:
         pytest.skip("built without HIP_TRT_BUILD_TESTS (make install builds with it)")
-    return hosts[-1]
+    return found[-1]
 
 
 def build_emulated(include: Path) -> tuple[Path, Path]:
@@ -184,34 +196,52 @@ def build_emulated(include: Path) -> tuple[Path, Path]:
     plugin_sources = sorted((PLUGINS / "tensorrt").glob("*.cpp"))
     host_sources = sorted({*(PLUGINS / "tests").glob("plugin_host*.cpp")} - {
         PLUGINS / "tests" / "plugin_host_device_cuda.cpp"})
-    files = [*sorted((PLUGINS / "tensorrt").iterdir()), *sorted((PLUGINS / "tests").glob("plugin_host*"))]
-    digest = hashlib.sha256(kernels.name.encode() + b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    digest = _digest(kernels.name.encode(), (PLUGINS / "tensorrt").iterdir(), (PLUGINS / "tests").glob("plugin_host*"))
     host, library = emulated.BUILD / f"plugin_host-{digest}", emulated.BUILD / f"libhip_trt_plugin-{digest}.so"
-    if host.is_file() and library.is_file():
-        return host, library
+    if not (host.is_file() and library.is_file()):
+        _compile(include, plugin_sources, library, ["-shared", str(kernels), f"-Wl,-rpath,{kernels.parent}"])
+        _compile(include, host_sources, host, ["-ldl"])
+    return host, library
+
+
+def build_session(include: Path) -> Path:
+    """The library of plugin_session.cpp, for plugin libraries of any device: it touches none.
+
+    Args:
+        include: folder of TensorRT's headers.
+    """
+    tests = PLUGINS / "tests"
+    library = emulated.BUILD / f"libplugin_session-{_digest(b'', tests.glob('plugin_*'))}.so"
+    if not library.is_file():
+        sources = [tests / f"plugin_{name}.cpp" for name in ("session", "host_layer", "host_load")]
+        _compile(include, sources, library, ["-shared", "-ldl"])
+    return library
+
+
+def _digest(start: bytes, *groups: Iterable[Path]) -> str:
+    content = b"".join(file.read_bytes() for files in groups for file in sorted(files))
+    return hashlib.sha256(start + content).hexdigest()[:16]
+
+
+def _compile(include: Path, sources: list[Path], target: Path, link: list[str]) -> None:
     # TensorRT's headers name one type of CUDA that the emulation lacks; to them both are opaque.
     command = [
         str(emulated.compiler()), "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-DcudaEvent_t=cudaStream_t",
         f'-DHIP_TRT_VERSION="{metadata.version("hip-trt")}"', f"-I{emulated.EMULATION}",
         f"-I{PLUGINS / 'cuda'}", "-isystem", str(include),
     ]
+    emulated.BUILD.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=emulated.BUILD) as folder:
         def compile_source(source: Path) -> str:
-            target = Path(folder, f"{source.stem}.o")
-            emulated._run([*command, "-c", str(source), "-o", str(target)])
-            return str(target)
+            made = Path(folder, f"{source.stem}.o")
+            emulated._run([*command, "-c", str(source), "-o", str(made)])
+            return str(made)
 
         with ThreadPoolExecutor(2) as pool:
-            plugin_objects, host_objects = (
-                [*pool.map(compile_source, sources)] for sources in (plugin_sources, host_sources))
-        for target, arguments in (
-            (library, ["-shared", *plugin_objects, str(kernels), f"-Wl,-rpath,{kernels.parent}"]),
-            (host, [*host_objects, "-ldl"]),
-        ):
-            finished = Path(folder, "finished")
-            emulated._run([*command, *arguments, "-o", str(finished)])
-            finished.replace(target)  # whole or not at all: other test processes may be building too
-    return host, library
+            objects = list(pool.map(compile_source, sources))
+        finished = Path(folder, "finished")
+        emulated._run([*command, *objects, *link, "-o", str(finished)])
+        finished.replace(target)  # whole or not at all: other test processes may be building too
 
 
 def tensorrt_headers(host: Path) -> Path:

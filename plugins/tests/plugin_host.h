@@ -39,6 +39,7 @@ struct Plugin
 
 constexpr int kINPUTS = 10;
 constexpr int kOUTPUTS = 4;
+constexpr int kRESULT_LIKE[kOUTPUTS] = {0, 3, 4, 8}; // query, past_key, past_value, past_nodes
 
 //! Sizes of one layer and call, and its tensors as TensorRT describes them.
 struct Geometry
@@ -63,6 +64,31 @@ struct Geometry
     //! With batch, new tokens, pages and page slots dynamic, from 1 to these.
     std::vector<nvinfer1::DynamicPluginTensorDesc> dynamicTensors() const;
 };
+
+//! What a plugin says of the shapes of its results.
+class OutputShapes
+{
+public:
+    //! A dimension of -1 is one that is known at run time.
+    OutputShapes(Plugin const& plugin, std::vector<nvinfer1::Dims> const& inputDims);
+
+    int32_t status{-1};
+    std::vector<nvinfer1::DimsExprs> inputs;
+    nvinfer1::DimsExprs outputs[kOUTPUTS]{};
+
+private:
+    HostExprBuilder mBuilder; // owns the expressions
+};
+
+//! Check them, for sizes that may be -1.
+void checkShapes(Plugin const& plugin, Geometry const& geometry);
+
+//! Have a plugin take part in the build of an engine, for one optimization profile.
+//! \return The workspace that it asks for, in bytes.
+size_t configure(Plugin const& plugin, std::vector<nvinfer1::DynamicPluginTensorDesc> const& tensors);
+
+//! The plugin of an engine that was built with this one, saved and loaded.
+Plugin reload(Library const& library, Plugin const& built, char const* name);
 
 //! The attributes of a layer for Geometry{}.
 HostFields goodFields();

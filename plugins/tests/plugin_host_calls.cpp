@@ -28,7 +28,6 @@ namespace
 
 constexpr size_t kGUARD = 256; // bytes before and after every tensor that must not change; keeps tensors aligned
 constexpr int kGUARD_BYTE = 0x99;
-constexpr int kRESULT_LIKE[kOUTPUTS] = {0, 3, 4, 8}; // query, past_key, past_value, past_nodes
 
 using Bytes = std::vector<char>;
 
@@ -216,29 +215,6 @@ struct Layer
     size_t workspaceSize{0};
 };
 
-void checkShapes(Plugin const& plugin, Geometry const& geometry)
-{
-    HostExprBuilder builder;
-    std::vector<nvinfer1::DimsExprs> inputs;
-    for (int i = 0; i < kINPUTS; ++i)
-    {
-        inputs.push_back(builder.dimensions(geometry.shapes()[i]));
-    }
-    nvinfer1::DimsExprs outputs[kOUTPUTS]{};
-    CHECK_EQUAL(plugin.build->getOutputShapes(inputs.data(), kINPUTS, nullptr, 0, outputs, kOUTPUTS, builder), 0);
-    for (int i = 0; i < kOUTPUTS; ++i)
-    {
-        auto const expected = geometry.shapes()[kINPUTS + i];
-        if (CHECK_EQUAL(outputs[i].nbDims, static_cast<int32_t>(expected.size())))
-        {
-            for (size_t j = 0; j < expected.size(); ++j)
-            {
-                CHECK_EQUAL(outputs[i].d[j]->getConstantValue(), expected[j]);
-            }
-        }
-    }
-}
-
 //! What a builder does with a layer, then a runtime. Each plugin is gone before the one made from it is used.
 void bringUp(Library const& library, Call& call, Layer& layer)
 {
@@ -258,18 +234,9 @@ void bringUp(Library const& library, Call& call, Layer& layer)
     largest.newTokens += geometry.newTokens > 1 ? 7 : 0;
     largest.pages += 3;
     largest.pageSlots += 2;
-    auto const dynamic = largest.dynamicTensors();
-    for (int position = 0; position < kINPUTS + kOUTPUTS; ++position)
-    {
-        CHECK(plugin->build->supportsFormatCombination(position, dynamic.data(), kINPUTS, kOUTPUTS));
-    }
-    CHECK_EQUAL(plugin->build->configurePlugin(dynamic.data(), kINPUTS, dynamic.data() + kINPUTS, kOUTPUTS), 0);
-    layer.workspaceSize =
-        plugin->build->getWorkspaceSize(dynamic.data(), kINPUTS, dynamic.data() + kINPUTS, kOUTPUTS);
-    CHECK(layer.workspaceSize > 0);
+    layer.workspaceSize = configure(*plugin, largest.dynamicTensors());
 
-    HostFields serialized{*plugin->runtime->getFieldsToSerialize()};
-    plugin.emplace(library.creator->createPlugin("layer", serialized.collection(), TensorRTPhase::kRUNTIME));
+    plugin.emplace(reload(library, *plugin, "layer"));
     layer.plugin.emplace(plugin->runtime->attachToContext(&layer.context));
     plugin.reset();
     auto const tensors = geometry.tensors();
