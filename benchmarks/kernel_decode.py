@@ -15,14 +15,15 @@ import sys
 from typing import Any
 
 import torch
-from kernel_bench import dense, environment, hip_attn, options, roofline
-from kernel_bench.checks import CheckError
-from kernel_bench.decode_step import decode_steps
-from kernel_bench.geometry import LLAMA_8B
+from kernel_bench import environment, hip_attn, options, roofline
 from kernel_bench.plot import plot
 from kernel_bench.report import Header, Report, case_name, markdown
-from kernel_bench.timing import replayed_steps
 
+from hip_trt.bench import dense
+from hip_trt.bench.checks import CheckError
+from hip_trt.bench.decode_step import decode_steps
+from hip_trt.bench.geometry import LLAMA_8B
+from hip_trt.bench.timing import replayed_steps
 from hip_trt.config import HipConfig
 from hip_trt.errors import HipTrtError
 from hip_trt.library import Library

@@ -14,15 +14,16 @@ import sys
 from typing import Any
 
 import torch
-from kernel_bench import dense, environment, hip_attn, options, roofline
-from kernel_bench.checks import CheckError
-from kernel_bench.geometry import LLAMA_8B
-from kernel_bench.inputs import Tensors, draw
+from kernel_bench import environment, hip_attn, options, roofline
 from kernel_bench.plot import plot
-from kernel_bench.prefill_call import PrefillCall
 from kernel_bench.report import Header, Report, case_name, markdown
-from kernel_bench.timing import single_calls
 
+from hip_trt.bench import dense
+from hip_trt.bench.checks import CheckError
+from hip_trt.bench.geometry import LLAMA_8B
+from hip_trt.bench.inputs import Tensors, draw
+from hip_trt.bench.prefill_call import PrefillCall
+from hip_trt.bench.timing import single_calls
 from hip_trt.config import HipConfig
 from hip_trt.errors import HipTrtError
 from hip_trt.library import Library

@@ -121,7 +121,7 @@ class Worker:
         site = self.peer.site
         assert site is not None
         here = Path(__file__).parent.parent
-        path = [str(site.resolve()), str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
+        path = [str(site.resolve()), str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         command = [sys.executable, "-m", "kernel_bench.hip_attn_worker", "--site", str(site.resolve()), "--entry",
                    self.peer.entry, "--options", json.dumps(dict(self.peer.options))]
         with self._log.open("a") as log:

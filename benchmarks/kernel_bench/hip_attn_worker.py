@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_bench.geometry import LLAMA_8B
+from hip_trt.bench.geometry import LLAMA_8B
+from hip_trt.bench.inputs import Tensors, dense_sets, draw
+from hip_trt.bench.timing import Timing, replayed_steps, single_calls
 from kernel_bench.hip_attn_entries import ENTRIES, Entry
-from kernel_bench.inputs import Tensors, dense_sets, draw
-from kernel_bench.timing import Timing, replayed_steps, single_calls
 
 CHECKED_ROWS = 64
 """First rows of a prompt: within both entry points' windows, so their output is dense attention's."""

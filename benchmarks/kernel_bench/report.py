@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kernel_bench.break_even import BreakEven, break_even
+from hip_trt.bench.break_even import BreakEven, break_even
+from hip_trt.bench.timing import Timing
 from kernel_bench.roofline import Rates, Work
-from kernel_bench.timing import Timing
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hip_trt.bench.geometry import Geometry
 from hip_trt.config import HipConfig
-from kernel_bench.geometry import Geometry
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernel_bench.geometry import Geometry
+from hip_trt.bench.geometry import Geometry
 
 ROTATED_BYTES = 400 << 20
 """Inputs are rotated over at least this much of what is read, several times the L2 cache of any GPU so far."""

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hip_trt.bench.geometry import Geometry
+from hip_trt.bench.inputs import Tensors
 from hip_trt.config import HipConfig
 from hip_trt.library import Library, Shape
-from kernel_bench.geometry import Geometry
-from kernel_bench.inputs import Tensors
 
 
 class HipTrtCall:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hip_trt.bench.geometry import Geometry
 from hip_trt.config import HipConfig
 from hip_trt.reference import select_blocks, sparse_attention
-from kernel_bench.geometry import Geometry
 
 MOST_ERROR = 1e-2
 """Relative, of bfloat16 output against float32 on the same blocks."""

@@ -1,6 +1,6 @@
 """Time on the GPU: replayed CUDA graphs for decode steps, CUDA events around single calls for prefill.
 
-Needs PyTorch only, see :mod:`kernel_bench.inputs`.
+Needs PyTorch only, see :mod:`hip_trt.bench.inputs`.
 """
 
 from __future__ import annotations

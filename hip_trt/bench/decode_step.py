@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from hip_trt.bench import pages
+from hip_trt.bench.checks import Comparison, compare_block
+from hip_trt.bench.geometry import Geometry
+from hip_trt.bench.hip_trt_call import HipTrtCall
+from hip_trt.bench.inputs import ROTATED_BYTES, Tensors, draw
 from hip_trt.config import HipConfig
 from hip_trt.library import Library
-from kernel_bench import pages
-from kernel_bench.checks import Comparison, compare_block
-from kernel_bench.geometry import Geometry
-from kernel_bench.hip_trt_call import HipTrtCall
-from kernel_bench.inputs import ROTATED_BYTES, Tensors, draw
 
 MOST_POOL_BYTES = 24 << 30
 """What the pools of all sets together may take."""

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernel_bench.checks import MOST_ERROR, CheckError, compare_dense
-from kernel_bench.geometry import Geometry
-from kernel_bench.inputs import Tensors, dense_sets, draw
-from kernel_bench.timing import Timing, replayed_steps, single_calls
+from hip_trt.bench.checks import MOST_ERROR, CheckError, compare_dense
+from hip_trt.bench.geometry import Geometry
+from hip_trt.bench.inputs import Tensors, dense_sets, draw
+from hip_trt.bench.timing import Timing, replayed_steps, single_calls
 
 BACKENDS = {"FlashAttention-2": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 """What the dense columns are called, and what computes them."""

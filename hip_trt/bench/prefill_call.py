@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from hip_trt.bench import pages
+from hip_trt.bench.checks import CheckError, Comparison, compare_block, sampled_blocks
+from hip_trt.bench.geometry import Geometry
+from hip_trt.bench.hip_trt_call import HipTrtCall
+from hip_trt.bench.inputs import Tensors
 from hip_trt.config import HipConfig
 from hip_trt.library import Library
-from kernel_bench import pages
-from kernel_bench.checks import CheckError, Comparison, compare_block, sampled_blocks
-from kernel_bench.geometry import Geometry
-from kernel_bench.hip_trt_call import HipTrtCall
-from kernel_bench.inputs import Tensors
 
 
 class PrefillCall(HipTrtCall):

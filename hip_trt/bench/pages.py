@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernel_bench.geometry import Geometry
+from hip_trt.bench.geometry import Geometry
 
 
 def scattered(*shape: int, device: torch.device) -> Tensor:
