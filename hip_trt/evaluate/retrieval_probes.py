@@ -1,0 +1,188 @@
+"""Long contexts with facts in them, and questions that only those facts answer.
+
+A fact is a line of tokens that stands in the context once, or every few tokens over a stretch of it. Its question is
+the line's beginning, asked when the context has ended; its answer is the rest of the line. So no instruction has to be
+understood: small models can do it, and what fails is finding.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hip_trt.errors import RuntimeInputError
+from hip_trt.evaluate.models import encode
+from hip_trt.evaluate.retrieval_language import RecallLanguage
+from hip_trt.evaluate.texts import Text
+
+QUESTION_TOKENS = 2
+"""Tokens of a synthetic line that are its question."""
+_REPEAT_EVERY = 32
+"""Tokens from one occurrence of a synthetic line to the next, where it stands over a stretch."""
+
+_KEEPERS = (
+    "baker", "captain", "doctor", "farmer", "gardener", "guard", "hunter", "judge", "king", "lawyer", "miner",
+    "monk", "nurse", "painter", "pilot", "poet", "priest", "prince", "queen", "sailor", "singer", "soldier", "teacher",
+    "tailor", "thief", "trader", "weaver", "widow", "writer", "merchant", "student", "driver",
+)
+_WORDS = (
+    "apple", "arrow", "autumn", "basket", "bridge", "bronze", "butter", "candle", "carpet", "castle", "cherry", "cloud",
+    "coffee", "copper", "cotton", "desert", "diamond", "dragon", "eagle", "engine", "feather", "fire", "flower",
+    "forest", "garden", "glass", "gold", "hammer", "honey", "ice", "iron", "island", "jacket", "kitchen", "ladder",
+    "lemon", "letter", "lion", "marble", "meadow", "mirror", "moon", "mountain", "needle", "ocean", "orange", "palace",
+    "paper", "pearl", "pepper", "piano", "pocket", "rabbit", "ribbon", "river", "rocket", "salt", "shadow", "silver",
+    "snow", "spider", "spring", "star", "steel", "stone", "storm", "sugar", "summer", "table", "temple", "thunder",
+    "tiger", "tower", "train", "turtle", "valley", "velvet", "violin", "water", "whale", "wheel", "window", "winter",
+    "wolf", "wood", "wool",
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A question and where its answer stands.
+
+    Attributes:
+        depth: where the fact stands, from 0, the context's beginning, to 1, its end.
+        start: position of its line's first token; of the first occurrence where there are several.
+        question: token ids that are asked.
+        answer: token ids that are right.
+    """
+
+    depth: float
+    start: int
+    question: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A context and its facts.
+
+    Attributes:
+        context: [T] int64.
+        facts: questions of one length, answers of one length.
+    """
+
+    context: Tensor
+    facts: tuple[Fact, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of context, question and answer together."""
+        return len(self.context) + len(self.facts[0].question) + len(self.facts[0].answer)
+
+
+def depths(count: int) -> list[float]:
+    """Depths that facts are put at: the middles of ``count`` equal parts of a context."""
+    return [(part + 0.5) / count for part in range(count)]
+
+
+def synthetic_probe(language: RecallLanguage, tokens: int, *, facts: int, stretch: int, seed: int) -> Probe:
+    """Facts in the language that the small recall model knows.
+
+    Args:
+        language: the model's.
+        tokens: of the context with question and answer.
+        facts: one in each of so many equal parts of the context, somewhere in its middle half.
+        stretch: tokens over which a fact is repeated, every 32 tokens; at most 32: it stands there once.
+        seed: of everything that is random.
+
+    Raises:
+        RuntimeInputError: so many facts, or so long a stretch, do not fit.
+    """
+    length, width = tokens - language.line_tokens, language.line_tokens
+    copies = max(1, stretch // _REPEAT_EVERY)
+    part, room = length // facts, (copies - 1) * _REPEAT_EVERY + width
+    if facts > language.max_lines or part // 2 < room:
+        raise RuntimeInputError(
+            f"{facts} facts of {room} tokens do not fit into a context of {length} tokens.",
+            "Ask for fewer facts, a shorter stretch or a longer context.",
+        )
+    generator = torch.Generator().manual_seed(seed)
+    lines = language.lines(1, facts, generator)[0]
+    context = language.filler(1, length, generator)[0]
+    found = []
+    for number, line in enumerate(lines):
+        offset = int(torch.randint(part // 2 - room + 1, (1,), generator=generator))
+        start = max(1, number * part + part // 4 + offset)
+        for copy in range(copies):
+            at = start + copy * _REPEAT_EVERY
+            context[at : at + width] = line
+        ids = tuple(line.tolist())
+        found.append(Fact((number + 0.5) / facts, start, ids[:QUESTION_TOKENS], ids[QUESTION_TOKENS:]))
+    return Probe(context, tuple(found))
+
+
+def text_probe(tokenizer: Any, text: Text, tokens: int, *, facts: int, seed: int) -> Probe:
+    """Facts in a real text: who keeps which four words.
+
+    Args:
+        tokenizer: of transformers.
+        text: the filler; a random stretch of it is used.
+        tokens: of the context with question and answer.
+        facts: one near the middle of each of so many equal parts of the context, where a line of the text ends.
+        seed: of everything that is random.
+
+    Raises:
+        RuntimeInputError: the text is too short, the facts do not fit, or the tokenizer has no whole words.
+    """
+    chance = random.Random(seed)
+    beginnings = _alike([f"\nThe four secret words of the {keeper} are" for keeper in _KEEPERS], tokenizer)
+    words = [word for word in _WORDS if len(_ids(tokenizer, f" {word}")) == 1]
+    if len(beginnings) < facts or len(words) < 4 * facts:
+        raise RuntimeInputError(
+            f"The tokenizer has {len(beginnings)} names and {len(words)} words of one token, for {facts} facts.",
+            "Ask for fewer facts.",
+        )
+    chance.shuffle(beginnings)
+    chance.shuffle(words)
+    endings = [
+        _ids(tokenizer, " {}, {}, {}, {}".format(*words[4 * number : 4 * number + 4])) for number in range(facts)
+    ]
+    stop = _ids(tokenizer, ".\n")
+    lines = [(beginnings[number], endings[number]) for number in range(facts)]
+    added = sum(len(beginning) + len(ending) + len(stop) for beginning, ending in lines)
+    length = tokens - len(beginnings[0]) - len(endings[0]) - added
+    part = length // facts
+    if part < 32:
+        raise RuntimeInputError(f"{facts} facts do not fit into {tokens} tokens.", "Ask for fewer facts.")
+    filler = _stretch(tokenizer, text, length, chance)
+    ends = [index + 1 for index, ids in enumerate(filler) if "\n" in tokenizer.decode([ids])]
+    context: list[int] = []
+    found, used = [], 0
+    for number, (beginning, ending) in enumerate(lines):
+        middle = int((number + 0.5) * part)
+        cut = max((end for end in ends if middle - part // 4 <= end <= middle + part // 4), default=middle,
+                  key=lambda end: -abs(end - middle))
+        context += filler[used:cut]
+        found.append(Fact((number + 0.5) / facts, len(context), tuple(beginning), tuple(ending)))
+        context += [*beginning, *ending, *stop]
+        used = cut
+    context += filler[used:]
+    return Probe(torch.tensor(context), tuple(found))
+
+
+def _stretch(tokenizer: Any, text: Text, count: int, chance: random.Random) -> list[int]:
+    """Tokens of a random stretch of a text, from the beginning of a line on."""
+    content = text.content
+    spare = max(0, len(content) - 8 * count)  # characters: what is left is longer than asked for, in most languages
+    begin = content.find("\n", chance.randrange(spare + 1)) + 1
+    return encode(tokenizer, content[begin:], count, text.name)
+
+
+def _alike(lines: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """The token ids of those lines that have as many tokens as most of them have."""
+    ids = [_ids(tokenizer, line) for line in lines]
+    lengths = [len(line) for line in ids]
+    usual = max(set(lengths), key=lengths.count)
+    return [line for line in ids if len(line) == usual]
+
+
+def _ids(tokenizer: Any, content: str) -> list[int]:
+    ids: list[int] = tokenizer(content, add_special_tokens=False)["input_ids"]
+    return ids
