@@ -45,9 +45,9 @@ def finish(study: Study, folder: Path, plots: Mapping[str, Plot]) -> None:
         console.print(str(path), markup=False, highlight=False, soft_wrap=True)
 
 
-def command(study: str, model: Path, **given: Any) -> str:
+def command(study: str, model: Path | None, **given: Any) -> str:
     """What to type to run a study again: files by their names, options that were given."""
-    words = ["hip-trt", "eval", study, model.name]
+    words = ["hip-trt", "eval", study, *([] if model is None else [model.name])]
     for name, value in given.items():
         for item in value if isinstance(value, list) else [value]:
             if item is not None and item != "":
