@@ -12,6 +12,7 @@ within 128k tokens.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -22,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hip_trt.evaluate.retrieval_language import RecallLanguage
 
@@ -72,6 +74,15 @@ def model_config(language: RecallLanguage, *, hidden: int, layers: int, heads: i
         rope_theta=1e10, rope_parameters={"rope_type": "default", "rope_theta": 1e10}, tie_word_embeddings=True,
         initializer_range=0.04, bos_token_id=0, eos_token_id=None, pad_token_id=None, recall_language=asdict(language),
     )
+
+
+def tokenizer(language: RecallLanguage) -> Any:
+    """Words with spaces between them: <s>, line1 and so on, filler1 and so on."""
+    counts = (("line", language.line_vocabulary), ("filler", language.filler_vocabulary))
+    words = ["<s>", *(f"{kind}{number}" for kind, count in counts for number in range(1, count + 1))]
+    words_only = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<s>"))
+    words_only.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words_only, bos_token="<s>", unk_token="<s>")
 
 
 @dataclass(frozen=True)
@@ -227,8 +238,11 @@ def main() -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{parameters / 1e6:.2f} M parameters on {device}", flush=True)
 
+    options.out.mkdir(parents=True, exist_ok=True)
+    tokenizer(language).save_pretrained(options.out)
+
     def save() -> None:
-        LlamaForCausalLM.save_pretrained(_copy_in(model, torch.float16), options.out)
+        copy.deepcopy(model).to("cpu", torch.float16).save_pretrained(options.out)
 
     def say(text: str) -> None:
         print(text, flush=True)
@@ -257,12 +271,6 @@ def main() -> None:
         "torch": torch.__version__, "stages": done, "tests": tests,
     }
     (options.out / "train.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy_in(model: Any, dtype: torch.dtype) -> Any:
-    import copy
-
-    return copy.deepcopy(model).to("cpu", dtype)
 
 
 def _device_name(device: str) -> str:
