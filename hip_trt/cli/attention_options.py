@@ -24,6 +24,10 @@ MaxTokens = Annotated[
     int | None, typer.Option("--max-tokens", min=2, help="Tokens of each text.",
                              show_default="the model's context, at most 8192"),
 ]
+Scaling = Annotated[
+    str | None, typer.Option("--scaling", metavar="none|linear|theta|yarn", show_default="refuse longer texts",
+                             help="How RoPE reads texts that are longer than the model's context."),
+]
 Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, or cuda.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of what is drawn at random.")]
 Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where results go.")]

@@ -14,6 +14,7 @@ from hip_trt.cli.attention_options import (
     MaxTokens,
     Model,
     Out,
+    Scaling,
     Seed,
     Texts,
     command,
@@ -43,6 +44,7 @@ def locality(
     texts: Texts = "",
     files: Files = None,
     max_tokens: MaxTokens = None,
+    scaling: Scaling = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Queries of each text that are looked at.")] = 128,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -66,10 +68,11 @@ def locality(
             model, names=names(texts), files=files or (), max_tokens=max_tokens, device=device
         )
     with steps.step("Measure"):
-        data = locality.measure(loaded, tokens, config, rows=rows, seed=seed, progress=steps.note)
+        data = locality.measure(loaded, tokens, config, rows=rows, seed=seed, scaling=scaling, progress=steps.note)
     study = locality_study.study(
-        data, measured_on=describe(device), parameters=parameters | {"rows": rows, "seed": seed},
-        command=command("locality", model, texts=texts, text=files, max_tokens=max_tokens, rows=rows, device=device,
-                        seed=seed, config=config_file, **(fields or {})),
+        data, measured_on=describe(device),
+        parameters=parameters | {"RoPE scaling": scaling, "rows": rows, "seed": seed},
+        command=command("locality", model, texts=texts, text=files, max_tokens=max_tokens, scaling=scaling, rows=rows,
+                        device=device, seed=seed, config=config_file, **(fields or {})),
     )
     finish(study, out, locality_study.plots(data))

@@ -14,6 +14,7 @@ from hip_trt.cli.attention_options import (
     MaxTokens,
     Model,
     Out,
+    Scaling,
     Seed,
     Texts,
     command,
@@ -43,6 +44,7 @@ def recall(
     texts: Texts = "",
     files: Files = None,
     max_tokens: MaxTokens = None,
+    scaling: Scaling = None,
     query_blocks: Annotated[
         int, typer.Option("--query-blocks", min=1, help="Query blocks of each text whose prefill masks are judged.")
     ] = 24,
@@ -66,21 +68,22 @@ def recall(
     from hip_trt.progress import Steps
 
     config = resolve_config(config_file, fields or {})
-    cuda = library.load() if device.startswith("cuda") else None
     steps = Steps()
     with steps.step("Load model and texts"):
         loaded, tokens, parameters = load(
             model, names=names(texts), files=files or (), max_tokens=max_tokens, device=device
         )
+    cuda = library.load() if device.startswith("cuda") else None
     with steps.step("Measure"):
         data = mass_recall.measure(
             loaded, tokens, config, masks=LibraryMasks(cuda) if cuda else ReferenceMasks(), query_blocks=query_blocks,
-            rows=rows, seed=seed, progress=steps.note,
+            rows=rows, seed=seed, scaling=scaling, progress=steps.note,
         )
     study = mass_recall_study.study(
         data, measured_on=describe(device, cuda.path if cuda else None),
-        parameters=parameters | {"query blocks": query_blocks, "rows": rows, "seed": seed},
-        command=command("recall", model, texts=texts, text=files, max_tokens=max_tokens, query_blocks=query_blocks,
-                        rows=rows, device=device, seed=seed, config=config_file, **(fields or {})),
+        parameters=parameters | {"RoPE scaling": scaling, "query blocks": query_blocks, "rows": rows, "seed": seed},
+        command=command("recall", model, texts=texts, text=files, max_tokens=max_tokens, scaling=scaling,
+                        query_blocks=query_blocks, rows=rows, device=device, seed=seed, config=config_file,
+                        **(fields or {})),
     )
     finish(study, out, mass_recall_study.plots(data))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hip_trt.errors import RuntimeInputError
+from hip_trt.evaluate.rope_scaling import scaled
 
 CAPTURE = "hip_trt_capture"
 """The attention implementation's name in transformers."""
@@ -19,7 +20,9 @@ Visit = Callable[[int, Tensor, Tensor, float], None]
 q.k."""
 
 
-def visit_layers(model: Any, tokens: Sequence[int], visit: Visit, *, layers: int | None = None) -> None:
+def visit_layers(
+    model: Any, tokens: Sequence[int], visit: Visit, *, layers: int | None = None, scaling: str | None = None
+) -> None:
     """Run a model over a text, densely, and show each layer's queries and keys while they are there.
 
     Nothing is kept from one layer to the next, so a visitor decides what a long text costs in memory.
@@ -28,13 +31,24 @@ def visit_layers(model: Any, tokens: Sequence[int], visit: Visit, *, layers: int
         model: a transformers causal language model; it is left as it was.
         tokens: one sequence of token ids.
         layers: run only so many, the first ones.
+        scaling: of RoPE, one of :data:`hip_trt.evaluate.rope_scaling.SCALINGS`, for texts beyond the model's context.
 
     Raises:
-        RuntimeInputError: the text is longer than the model's context.
+        RuntimeInputError: the text is longer than the model's context and no scaling is given, or it is not known.
     """
     context = model.config.max_position_embeddings
     if len(tokens) > context:
-        raise RuntimeInputError(f"{len(tokens)} tokens are beyond the model's context of {context}.", "Give fewer.")
+        if scaling is None:
+            raise RuntimeInputError(
+                f"{len(tokens)} tokens are beyond the model's context of {context}.", "Give fewer, or a RoPE scaling."
+            )
+        with scaled(model, scaling, len(tokens) / context):
+            _run(model, tokens, visit, layers)
+    else:
+        _run(model, tokens, visit, layers)
+
+
+def _run(model: Any, tokens: Sequence[int], visit: Visit, layers: int | None) -> None:
     _register()
     implementation, decoder = model.config._attn_implementation, model.base_model
     every = decoder.layers

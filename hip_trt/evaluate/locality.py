@@ -36,7 +36,7 @@ _ELEMENTS = 1 << 25
 
 def measure(
     model: Any, texts: Mapping[str, Sequence[int]], config: HipConfig, *, rows: int = 128, seed: int = 0,
-    progress: Callable[[str], object] = lambda line: None,
+    scaling: str | None = None, progress: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure scores of sampled queries in the second half of each text.
 
@@ -46,6 +46,7 @@ def measure(
         config: block_k, branch, sink and window count.
         rows: how many queries are sampled of each text.
         seed: of random pairs.
+        scaling: of RoPE, for texts beyond the model's context; see :func:`visit_layers`.
         progress: called with a line after each layer.
 
     Returns:
@@ -82,7 +83,7 @@ def measure(
             found[text].append({name: torch.cat([some[name] for some in parts]).mean(0).cpu() for name in parts[0]})
             progress(f"{text}: layer {layer + 1} of {model.config.num_hidden_layers}")
 
-        visit_layers(model, tokens, visit)
+        visit_layers(model, tokens, visit, scaling=scaling)
     names = found[next(iter(found))][0]
     by_text = {
         text: {name: torch.stack([layer[name] for layer in layers]) for name in names} for text, layers in found.items()

@@ -98,7 +98,8 @@ class _Tally:
 
 def measure(
     model: Any, texts: Mapping[str, Sequence[int]], config: HipConfig, *, masks: Masks | None = None,
-    query_blocks: int = 24, rows: int = 128, seed: int = 0, progress: Callable[[str], object] = lambda line: None,
+    query_blocks: int = 24, rows: int = 128, seed: int = 0, scaling: str | None = None,
+    progress: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure the base config and its variations, prefill and decode.
 
@@ -110,6 +111,7 @@ def measure(
         query_blocks: how many are sampled of each text in prefill, spread over the part in which every config searches.
         rows: how many single queries are sampled for decode.
         seed: of random blocks.
+        scaling: of RoPE, for texts beyond the model's context; see :func:`visit_layers`.
         progress: called with a line after each layer.
 
     Returns:
@@ -130,7 +132,7 @@ def measure(
                     tallies[mode][variation.name].add(text, layer, masses)
             progress(f"{text}: layer {layer + 1} of {model.config.num_hidden_layers}")
 
-        visit_layers(model, tokens, visit)
+        visit_layers(model, tokens, visit, scaling=scaling)
     return {
         mode: [
             _summary(variation, mode, tallies[mode][variation.name]) | {"levels": variation.levels(mode, shortest)}
