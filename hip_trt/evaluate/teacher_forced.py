@@ -88,7 +88,7 @@ class _TeacherForcedLayer(HipLayer):
         nodes = self.nodes.new_full((steps, *self.nodes.shape[1:]), -1)
 
         def run(rows: Tensor, *, refresh: bool) -> None:
-            for part in torch.split(rows, ROWS):
+            for part in torch.split(rows, ROWS) if len(rows) else ():
                 kept = nodes[part].contiguous()
                 output[part] = torch.ops.hip_trt.attention_(
                     *(tensor[part].contiguous() for tensor in by_step), self.keys, self.values,
