@@ -63,9 +63,8 @@ class Row:
         blocks: size in one layer.
         share: of the keys' (or values') full cache.
         need: different blocks that a step reads in one layer, on average.
-        lookups, transfers: per decode step, layer and KV head.
+        lookups, misses, fills: per decode step, layer and KV head.
         hit_ratio: of look-ups.
-        bypass_ratio: of transfers, those that were not placed.
     """
 
     context: int
@@ -77,9 +76,9 @@ class Row:
     share: float
     need: float
     lookups: float
-    transfers: float
+    misses: float
+    fills: float
     hit_ratio: float
-    bypass_ratio: float
 
 
 def states_of(arguments: argparse.Namespace) -> dict[int, LayerStates]:
@@ -153,7 +152,7 @@ def study(
                 unit = sum(a.steps - warm_up for a in accesses) * kv_heads
                 rows.append(Row(
                     context, mode, cache, policy, multiple, blocks, blocks / full, need, counts.lookups / unit,
-                    counts.transfers / unit, counts.hit_ratio, counts.bypasses / max(1, counts.transfers),
+                    counts.misses / unit, counts.fills / unit, counts.hit_ratio,
                 ))
     return rows
 
@@ -232,7 +231,7 @@ def markdown(content: dict[str, Any]) -> str:
             by_policy = {row["policy"]: row for row in cells}
             first = by_policy[policies[0]]
             size = "full" if first["multiple"] is None else f"{blocks / first['need']:.2f}"
-            numbers = (f"{by_policy[p]['transfers']:.2f} ({100 * by_policy[p]['hit_ratio']:.1f})" for p in policies)
+            numbers = (f"{by_policy[p]['misses']:.2f} ({100 * by_policy[p]['hit_ratio']:.1f})" for p in policies)
             lines.append(f"| {size} | {100 * first['share']:.1f} % | {' | '.join(numbers)} |")
     return "\n".join(lines) + "\n"
 
@@ -255,10 +254,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
         def ratio(multiple: float, policy: str, cells: dict[Any, Any] = cells) -> float | None:
             if (multiple, policy) not in cells:
                 return None
-            return float(cells[multiple, policy]["transfers"] / cells[multiple, "optimum"]["transfers"])
+            return float(cells[multiple, policy]["misses"] / cells[multiple, "optimum"]["misses"])
 
         numbers = [
-            "-" if (times := ratio(m, "shipped")) is None else f"{cells[m, 'shipped']['transfers']:.1f} ({times:.1f})"
+            "-" if (times := ratio(m, "shipped")) is None else f"{cells[m, 'shipped']['misses']:.1f} ({times:.1f})"
             for m in shown
         ]
         lru = ratio(2.0, "LRU")
@@ -283,7 +282,7 @@ def plot(content: dict[str, Any], path: Path) -> bool:
             rows = [row for row in content["rows"]
                     if (row["context"], row["mode"], row["cache"]) == (context, mode, cache)]
             for policy in dict.fromkeys(row["policy"] for row in rows):
-                points = [(row["blocks"] / row["need"], max(row["transfers"], 1e-2))
+                points = [(row["blocks"] / row["need"], max(row["misses"], 1e-2))
                           for row in rows if row["policy"] == policy]
                 axes.plot(*zip(*points, strict=True), marker=".", label=policy, **STYLES.get(policy, {}))
             how = "every step" if interval == 1 else f"every {interval} steps, reuse_level {level}"

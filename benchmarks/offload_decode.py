@@ -68,7 +68,8 @@ def report(stats: OffloadStats, milliseconds: float) -> dict[str, Any]:
         "bus_bytes_per_token": stats.bus_bytes_per_token,
         "bus_share": stats.bus_bytes_per_token / (milliseconds * 1e-3) / BUS_BYTES_PER_S,
         "gpu_bytes": stats.gpu_bytes, "host_bytes": stats.host_bytes,
-        "bypasses": stats.all_keys.bypasses + stats.all_values.bypasses,
+        "missed_bytes_per_token":
+            (stats.all_keys.misses + stats.all_values.misses) * stats.block_bytes / max(stats.tokens, 1),
     }
 
 

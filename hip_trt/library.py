@@ -116,6 +116,8 @@ class Library:
                 ("hipTrtOffloadAttach", ctypes.c_int, (ctypes.c_void_p,)),
                 ("hipTrtOffloadDetach", ctypes.c_int, (ctypes.c_void_p,)),
                 ("hipTrtOffloadForget", ctypes.c_int, (ctypes.c_void_p, ctypes.c_void_p)),
+                ("hipTrtOffloadLaneCreate", ctypes.c_int, (ctypes.POINTER(ctypes.c_void_p),)),
+                ("hipTrtOffloadLaneDestroy", ctypes.c_int, (ctypes.c_void_p,)),
             ):
                 function = getattr(self._functions, name)
                 function.restype, function.argtypes = result, arguments
@@ -252,6 +254,23 @@ class Library:
     def detach_offload(self, key_pool: Tensor) -> None:
         """Use a pool as plain memory from now on."""
         self._functions.hipTrtOffloadDetach(key_pool.data_ptr())
+
+    def create_offload_lane(self, device: torch.device) -> int:
+        """A HipTrtOffloadLane on a GPU: its address.
+
+        Raises:
+            PluginError: the GPU refused.
+        """
+        lane = ctypes.c_void_p()
+        with self._stream(device):
+            status = self._functions.hipTrtOffloadLaneCreate(ctypes.byref(lane))
+        if status != 0 or lane.value is None:
+            raise PluginError(f"hipTrtOffloadLaneCreate: {self._functions.hipTrtStatusText(status).decode()}.")
+        return lane.value
+
+    def destroy_offload_lane(self, lane: int) -> None:
+        """Wait for what runs in it, and release it."""
+        self._functions.hipTrtOffloadLaneDestroy(lane)
 
     def forget_offload(self, key_pool: Tensor) -> None:
         """Empty the caches of a pool, on PyTorch's current stream.

@@ -214,7 +214,7 @@ def test_bad_settings(fields: dict[str, Any], message: str) -> None:
 # Statistics
 
 STATS = OffloadStats(
-    keys=(CacheCounts(90, 8, 3, 2), CacheCounts(0, 0, 0, 0)),
+    keys=(CacheCounts(90, 10, 4, 2), CacheCounts(0, 0, 0, 0)),
     values=(CacheCounts(30, 10, 0, 0), CacheCounts(5, 0, 0, 0)), tokens=4, block_bytes=4096,
     key_cache_bytes=1 << 20, value_cache_bytes=1 << 19, other_gpu_bytes=1000,
     host_bytes=1 << 25,
@@ -222,12 +222,12 @@ STATS = OffloadStats(
 
 
 def test_statistics() -> None:
-    assert STATS.bus_bytes == 20 * 4096
-    assert STATS.bus_bytes_per_token == 5 * 4096
+    assert STATS.bus_bytes == 24 * 4096
+    assert STATS.bus_bytes_per_token == 6 * 4096
     assert STATS.gpu_bytes == (1 << 20) + (1 << 19) + 1000
     values = STATS.to_json()
     assert values["keys"] == {
-        "hits": 90, "misses": 8, "evictions": 3, "bypasses": 2, "hit_ratio": 0.9, "bus_bytes": 40960,
+        "hits": 90, "misses": 10, "fills": 4, "evictions": 2, "hit_ratio": 0.9, "bus_bytes": 14 * 4096,
     }
     assert values["layers"][1]["keys"]["hit_ratio"] is None
     assert values["values"]["hit_ratio"] == 35 / 45

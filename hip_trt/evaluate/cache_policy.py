@@ -1,6 +1,8 @@
 """What a block cache does under a policy, simulated from a trace of its look-ups.
 
-Sizes are in blocks. Where nothing else is said, a cache is fully associative and every block that is missing is placed.
+Sizes are in blocks. Where nothing else is said, a cache is fully associative and every block that is missing is placed at
+once, by the one read over the bus that serves the look-up too. The shipped cache is filled between steps: a step reads what
+it misses where it is, as often as it looks it up, and what was missed is then read once more.
 """
 
 from __future__ import annotations
@@ -36,18 +38,19 @@ class Simulation:
     """What happened in a cache, step by step.
 
     Attributes:
-        hits, misses, evictions, bypasses: [steps] int64, with the meaning of :class:`CacheCounts`.
+        hits, misses, fills, evictions: [steps] int64, with the meaning of :class:`CacheCounts`. Only the shipped cache is
+            filled by reads of its own.
     """
 
     hits: NDArray[np.int64]
     misses: NDArray[np.int64]
+    fills: NDArray[np.int64]
     evictions: NDArray[np.int64]
-    bypasses: NDArray[np.int64]
 
     def counts(self, first: int = 0) -> CacheCounts:
         """Of the steps from ``first`` on, together."""
         return CacheCounts(*(int(events[first:].sum())
-                             for events in (self.hits, self.misses, self.evictions, self.bypasses)))
+                             for events in (self.hits, self.misses, self.fills, self.evictions)))
 
 
 def simulate(policy: str, accesses: Accesses, blocks: int, *, seed: int = 0) -> Simulation:
@@ -79,7 +82,8 @@ def simulate(policy: str, accesses: Accesses, blocks: int, *, seed: int = 0) -> 
         running = np.concatenate([[0], np.isin(met, kinds).cumsum(dtype=np.int64)])
         return np.diff(running[accesses.offsets])
 
-    return Simulation(count(HIT), count(PLACED, REPLACED), count(REPLACED), count(BYPASSED))
+    fills = count(PLACED, REPLACED) if policy == "shipped" else count()
+    return Simulation(count(HIT), count(PLACED, REPLACED, BYPASSED), fills, count(REPLACED))
 
 
 def least_recently_used(blocks: list[int], steps: list[int], size: int, seed: int) -> bytearray:
@@ -210,10 +214,10 @@ def sets_of(block: int, sets: int) -> tuple[int, ...]:
 
 
 def shipped(blocks: list[int], steps: list[int], size: int, seed: int) -> bytearray:
-    """The cache of plugins/cuda/block_cache.cuh, with look-ups one after the other.
+    """The cache of plugins/cuda/block_cache.cuh, with look-ups one after the other, filled after each step.
 
     Hashes of a block name the sets of WAYS slots that it may be in. Of those slots the least recently used one is
-    replaced, unless its last use is GRACE + 1 steps back or fewer: then the block is not placed. Among equals it is the
+    replaced, unless its last use may have been in the step before: then the block is not placed. Among equals it is the
     first way from the one that the block names, in the first set.
     """
     met = bytearray(len(blocks))
@@ -221,29 +225,35 @@ def shipped(blocks: list[int], steps: list[int], size: int, seed: int) -> bytear
     slots: dict[int, int] = {}
     held = [-1] * (sets * WAYS)
     last_use = [_EMPTY] * (sets * WAYS)
-    for i, block in enumerate(blocks):
-        step = steps[i]
-        slot = slots.get(block)
-        if slot is not None:
-            if step - last_use[slot] > GRACE:
-                last_use[slot] = step
-            continue
+
+    def place(block: int, now: int) -> int:
         firsts = [number * WAYS for number in sets_of(block, sets)]
         uses = [last_use[first : first + WAYS] for first in firsts]
         oldest = min(map(min, uses))
-        if step - oldest <= GRACE + 1:
-            met[i] = BYPASSED
-            continue
+        if now - oldest <= GRACE + 1:
+            return BYPASSED
         turn = block % WAYS
         later, choice = min(
             ((ways[turn:] + ways[:turn]).index(oldest), choice) for choice, ways in enumerate(uses) if oldest in ways
         )
         slot = firsts[choice] + (later + turn) % WAYS
-        met[i] = PLACED
         if oldest != _EMPTY:
             del slots[held[slot]]
-            met[i] = REPLACED
-        held[slot], last_use[slot], slots[block] = block, step, slot
+        held[slot], last_use[slot], slots[block] = block, now, slot
+        return PLACED if oldest == _EMPTY else REPLACED
+
+    missed: list[int] = []  # look-ups of this step
+    for i, block in enumerate(blocks):
+        step = steps[i]
+        slot = slots.get(block)
+        if slot is None:
+            missed.append(i)
+        elif step - last_use[slot] > GRACE:
+            last_use[slot] = step
+        if i + 1 == len(blocks) or steps[i + 1] != step:
+            for first in missed:
+                met[first] = BYPASSED if blocks[first] in slots else place(blocks[first], step + 1)
+            missed.clear()
     return met
 
 

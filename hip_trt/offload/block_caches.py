@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from dataclasses import dataclass, fields
 
 import torch
@@ -15,12 +16,15 @@ from hip_trt.library import Library
 WAYS = 32
 """HIP_TRT_CACHE_WAYS: blocks among which the least recently used one is replaced."""
 
+_MISSED_HEADER = 2
+"""HIP_TRT_CACHE_MISSED_HEADER: numbers before the list of missed blocks."""
+
 
 class _BlockCacheStruct(ctypes.Structure):
     """HipTrtBlockCache."""
 
     _fields_ = [("rows", ctypes.c_void_p), ("owners", ctypes.c_void_p), ("hints", ctypes.c_void_p),
-                ("blocks", ctypes.c_int32)]
+                ("missed", ctypes.c_void_p), ("blocks", ctypes.c_int32)]
 
 
 class _OffloadStruct(ctypes.Structure):
@@ -30,6 +34,7 @@ class _OffloadStruct(ctypes.Structure):
         ("key_pool", ctypes.c_void_p), ("value_pool", ctypes.c_void_p), ("keys", _BlockCacheStruct),
         ("values", _BlockCacheStruct), ("counters", ctypes.c_void_p), ("staging_keys", ctypes.c_void_p),
         ("staging_values", ctypes.c_void_p), ("staging_table", ctypes.c_void_p), ("staging_pages", ctypes.c_int32),
+        ("last_layer", ctypes.c_int32), ("lane", ctypes.c_void_p),
     ]
 
 
@@ -38,25 +43,25 @@ class CacheCounts:
     """What happened in one cache, in blocks.
 
     Attributes:
-        hits: found in GPU memory.
-        misses: read over the bus and placed in GPU memory.
-        evictions: misses that replaced another block.
-        bypasses: read over the bus and not placed, as the block's set was full of blocks in use.
+        hits: found in GPU memory by the step that needed them.
+        misses: read over the bus by the step that needed them.
+        fills: copied over the bus to GPU memory after a step that missed them.
+        evictions: fills that replaced another block.
     """
 
     hits: int
     misses: int
+    fills: int
     evictions: int
-    bypasses: int
 
     @property
     def lookups(self) -> int:
-        return self.hits + self.misses + self.bypasses
+        return self.hits + self.misses
 
     @property
     def transfers(self) -> int:
         """Blocks read over the bus."""
-        return self.misses + self.bypasses
+        return self.misses + self.fills
 
     @property
     def hit_ratio(self) -> float:
@@ -95,6 +100,23 @@ class Staging:
         return self.keys.nbytes + self.values.nbytes + self.table.nbytes
 
 
+class Lane:
+    """A stream beside that of the calls, for what may wait: filling caches, writing prefill's rows to the pools.
+
+    Args:
+        library: whose calls shall use it.
+        device: the GPU.
+
+    Raises:
+        PluginError: the GPU refused.
+    """
+
+    def __init__(self, library: Library, device: torch.device) -> None:
+        self.handle = library.create_offload_lane(device)
+        self.close = weakref.finalize(self, library.destroy_offload_lane, self.handle)
+        """Wait for what runs there and release it; nothing may be attached to it any more."""
+
+
 class BlockCaches:
     """The caches of one layer's pools, attached until :meth:`detach`.
 
@@ -106,6 +128,8 @@ class BlockCaches:
             to no more than the pool.
         device: the GPU.
         staging: shared by layers; None: prefill reads the pools over the bus.
+        lane: shared by layers; None: what a call leaves to be done runs in its stream.
+        last_layer: no layer comes after this one: its calls wait for the lane.
 
     Raises:
         ConfigError: a size is negative.
@@ -122,6 +146,8 @@ class BlockCaches:
         value_blocks: int,
         device: torch.device,
         staging: Staging | None = None,
+        lane: Lane | None = None,
+        last_layer: bool = False,
     ) -> None:
         if min(key_blocks, value_blocks) < 0:
             raise ConfigError(f"cache of {min(key_blocks, value_blocks)} blocks: it must be 0 or more.")
@@ -130,26 +156,26 @@ class BlockCaches:
         self.block_bytes = config.block_k * head_dim * key_pool.element_size()
         self.key_pool, self.value_pool = key_pool, value_pool
         self.staging: Staging | None = None
-        self._library = library
+        self._library, self._lane, self._last_layer = library, lane, last_layer
         self._counters = torch.zeros(1 + 2 * len(fields(CacheCounts)), dtype=torch.int64, device=device)
         self._memory = [
             self._allocate(min(blocks, -(-in_pool // WAYS) * WAYS), in_pool, device)
             for blocks in (key_blocks, value_blocks)
         ]
         keys, values = (
-            _BlockCacheStruct(*(tensor.data_ptr() if len(owners) else None for tensor in (rows, owners, hints)),
-                              len(owners))
-            for rows, owners, hints in self._memory
+            _BlockCacheStruct(*(tensor.data_ptr() if len(tensors[1]) else None for tensor in tensors), len(tensors[1]))
+            for tensors in self._memory
         )
         self._caches = keys, values
         self.set_staging(staging)
 
-    def _allocate(self, blocks: int, in_pool: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, owners and hints."""
+    def _allocate(self, blocks: int, in_pool: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows, owners, hints and missed blocks."""
         blocks -= blocks % WAYS
         return (torch.empty(blocks, self.block_bytes, dtype=torch.uint8, device=device),
                 torch.zeros(blocks, dtype=torch.int64, device=device),
-                torch.zeros(in_pool if blocks else 0, dtype=torch.int32, device=device))
+                torch.zeros(in_pool if blocks else 0, dtype=torch.int32, device=device),
+                torch.zeros(_MISSED_HEADER + blocks if blocks else 0, dtype=torch.int32, device=device))
 
     @property
     def nbytes(self) -> int:
@@ -177,6 +203,7 @@ class BlockCaches:
             self.key_pool.data_ptr(), self.value_pool.data_ptr(), *self._caches, self._counters.data_ptr(),
             *((staging.keys.data_ptr(), staging.values.data_ptr(), staging.table.data_ptr(), len(staging.table))
               if staging else (None, None, None, 0)),
+            int(self._last_layer), None if self._lane is None else self._lane.handle,
         ))
 
     def forget(self) -> None:

@@ -12,7 +12,7 @@ from hip_trt import library as libraries
 from hip_trt.errors import RuntimeInputError
 from hip_trt.library import Library
 from hip_trt.offload import host_memory
-from hip_trt.offload.block_caches import BlockCaches, CacheCounts, Staging
+from hip_trt.offload.block_caches import BlockCaches, CacheCounts, Lane, Staging
 from hip_trt.offload.host_limits import gib, require_host_memory
 from hip_trt.offload.host_memory import Host, HostMemory, warn_once
 from hip_trt.offload.settings import Offload
@@ -29,14 +29,16 @@ _NO_COUNTS = CacheCounts(0, 0, 0, 0), CacheCounts(0, 0, 0, 0)
 class _Layer:
     """One layer's pools and caches."""
 
-    def __init__(self, geometry: Geometry, sizes: CacheSizes, host: Host, library: Library) -> None:
+    def __init__(
+        self, geometry: Geometry, sizes: CacheSizes, host: Host, library: Library, lane: Lane | None, last: bool
+    ) -> None:
         self.geometry = geometry
         self.memory = HostMemory(host, geometry.layer_bytes)
         try:
             self.keys, self.values = _pools(self.memory.device_bytes(), geometry)
             self.caches = BlockCaches(
                 library, self.keys, self.values, geometry.config, key_blocks=sizes.keys, value_blocks=sizes.values,
-                device=host.device,
+                device=host.device, lane=lane, last_layer=last,
             )
         except BaseException:
             host.synchronize()
@@ -82,6 +84,7 @@ class OffloadedCache:
         self._host = host_memory.host_for(device) if host is None else host
         self._library = libraries.load() if library is None else library
         self.offload, self.geometry = offload, geometry
+        self._lane: Lane | None = None
         self._staging: Staging | None = None
         self._stage_in_vain = False
         self._before: list[tuple[CacheCounts, CacheCounts]] = [_NO_COUNTS] * geometry.num_layers
@@ -91,8 +94,10 @@ class OffloadedCache:
         require_host_memory(geometry.num_layers * geometry.layer_bytes, _describe(geometry), _REMEDY)
         sizes = self._sizes(geometry)
         try:
-            for _ in range(geometry.num_layers):
-                self._layers.append(self._layer(geometry, sizes))
+            if geometry.num_layers > 1:
+                self._lane = Lane(self._library, self._host.device)
+            for index in range(geometry.num_layers):
+                self._layers.append(self._layer(index, geometry, sizes))
         except BaseException:
             self.close()
             raise
@@ -148,7 +153,7 @@ class OffloadedCache:
         for index, layer in enumerate(self._layers):
             if layer.geometry.pages >= pages:
                 continue  # by an attempt that failed later
-            grown = self._layer(new, sizes)
+            grown = self._layer(index, new, sizes)
             grown.copy_rows(layer)
             self._keep_counts(index)
             self._layers[index] = grown
@@ -176,7 +181,7 @@ class OffloadedCache:
         if count != batch:
             geometry = replace(old.geometry, batch=count, pages=slots * count)
             require_host_memory(geometry.layer_bytes, f"A layer of {_describe(geometry)}", _REMEDY)
-            new = self._layer(geometry, self._sizes(geometry))
+            new = self._layer(layer, geometry, self._sizes(geometry))
             new.caches.set_staging(self._staging)
         for source, target in ((old.keys, new.keys), (old.values, new.values)):
             pages, to = (pool[: slots * number].view(slots, number, *pool.shape[1:])
@@ -234,7 +239,7 @@ class OffloadedCache:
     def close(self) -> None:
         """Wait for the GPU, detach the caches and give all memory back. Nothing happens the second time."""
         self._release()
-        self._staging = None
+        self._lane = self._staging = None
 
     def __enter__(self) -> OffloadedCache:
         return self
@@ -246,9 +251,10 @@ class OffloadedCache:
         if self.closed:
             raise RuntimeInputError("The offloaded KV cache has been released.", "Begin with a new one.")
 
-    def _layer(self, geometry: Geometry, sizes: CacheSizes) -> _Layer:
+    def _layer(self, index: int, geometry: Geometry, sizes: CacheSizes) -> _Layer:
+        last = index == geometry.num_layers - 1
         try:
-            return _Layer(geometry, sizes, self._host, self._library)
+            return _Layer(geometry, sizes, self._host, self._library, self._lane, last)
         except torch.OutOfMemoryError:
             wanted = (sizes.keys + sizes.values) * geometry.block_bytes * geometry.num_layers
             raise RuntimeInputError(

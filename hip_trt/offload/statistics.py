@@ -52,7 +52,7 @@ class OffloadStats:
 
     @property
     def bus_bytes(self) -> int:
-        """Bytes that decode steps read over the bus."""
+        """Bytes read over the bus for decode steps: misses by the steps themselves, fills beside them."""
         return (self.all_keys.transfers + self.all_values.transfers) * self.block_bytes
 
     @property

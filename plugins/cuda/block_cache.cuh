@@ -1,4 +1,4 @@
-// Blocks of a pool in host memory, copied to GPU memory: looked up, filled and replaced by the warps of a running kernel.
+// Blocks of a pool in host memory, copied to GPU memory: looked up by the kernels of a decode step, filled between steps.
 //
 // A block may be put into any slot of kChoices sets of kWays, which hashes of it name: with one set, those that happen to be
 // in demand would be full long before the cache is. A slot's owner is one 64-bit word
@@ -8,18 +8,18 @@
 // and changes by compare-and-swap alone. A table names, for every block of the pool, the slot that it was put in last: a hint,
 // for the owner has the word, by which all lanes of a warp look up a block each in two loads.
 //
+// A block that is missing is read where it is, over the bus, and noted; once the kernel has ended, another one places what
+// was noted (block_cache_fill.cuh), off the critical path.
+//
 // What makes it safe without locks:
 //   - A slot may be replaced only if its last use is more than kGrace + 1 steps back, and a warp reads a slot only if its last
-//     use is at most kGrace back, or after renewing it. Thread blocks of one kernel may disagree about the step by one. So
-//     nothing that this kernel reads is replaced by it.
-//   - Who replaces a slot marks it incomplete first, and complete once its rows are there. A warp that meets an incomplete
-//     one reads the pool instead.
+//     use is at most kGrace back, or after renewing it. Kernels that run at once may disagree about the step by one. So
+//     nothing that one of them reads is replaced by another.
+//   - Who replaces a slot marks it incomplete first, and complete once its rows are there.
 #pragma once
 
 #include "hip_offload.h"
 #include "paged_cache.cuh"
-
-#include <limits.h>
 
 namespace hip_trt
 {
@@ -39,29 +39,32 @@ struct BlockCache
     const char* pool; // host memory
     char* rows;
     Owner* owners;
-    int32_t* hints; // by block: 1 + slot
-    uint32_t sets;  // of kWays slots; 0: no cache
+    int32_t* hints;  // by block: 1 + slot
+    int32_t* missed; // see hip_offload.h
+    uint32_t sets;   // of kWays slots; 0: no cache
     uint32_t step;
     int block_log2; // rows of a block
     int row_bytes;
-    uint32_t new_row;     // of the pool: the newest token's, which may not have been written there yet
-    const char* new_data; // what it will be
     unsigned events[HIP_TRT_CACHE_EVENTS];
 
-    __device__ BlockCache(const HipTrtBlockCache& cache, const void* pool, const Call& call, uint32_t step,
-        uint32_t new_row, const void* new_data)
+    __device__ BlockCache(const HipTrtBlockCache& cache, const void* pool, const Call& call, uint32_t step)
         : pool(static_cast<const char*>(pool))
         , rows(static_cast<char*>(cache.rows))
         , owners(reinterpret_cast<Owner*>(cache.owners))
         , hints(cache.hints)
+        , missed(cache.missed)
         , sets(static_cast<uint32_t>(cache.blocks) / kWays)
         , step(step)
         , block_log2(call.block_k_log2)
         , row_bytes(call.row_bytes)
-        , new_row(new_row)
-        , new_data(static_cast<const char*>(new_data))
         , events{}
     {
+    }
+
+    // The number of the step that runs now, from a layer's counters.
+    static __device__ __forceinline__ uint32_t currentStep(const uint64_t* counters)
+    {
+        return static_cast<uint32_t>(loadCurrent(reinterpret_cast<const Owner*>(counters))) & 0x7fffffff;
     }
 
     __device__ __forceinline__ int blockBytes() const
@@ -129,156 +132,41 @@ struct BlockCache
         return pool + static_cast<int64_t>(block) * blockBytes();
     }
 
-    // Where each lane's block is: in the cache, where it is put if it was not, or else in the pool. Undefined where not
-    // `wanted`. For all lanes of a warp.
+    // Where each lane's block is: in the cache or in the pool. Undefined where not `wanted`. For all lanes of a warp.
     __device__ __forceinline__ const char* find(uint32_t block, bool wanted)
     {
         const int hint = wanted && sets != 0 ? loadCurrent(hints + block) : 0;
         Owner* const slot = owners + hint - 1;
-        const Owner owner = hint != 0 ? loadCurrent(slot) : 0;
-        const bool hit = hint != 0 && keep(slot, block, owner);
-        const char* found = hit ? rows + static_cast<int64_t>(hint - 1) * blockBytes() : inPool(block);
-        // Rows that came in this very kernel: see what was written before the slot was marked complete.
-        if (__any_sync(kFullWarp, hit && age(owner) <= 1))
-        {
-            __threadfence();
-        }
+        const bool hit = hint != 0 && keep(slot, block, loadAcquire(slot));
+        const unsigned missing = __ballot_sync(kFullWarp, wanted && !hit);
         count(HIP_TRT_CACHE_HIT, __popc(__ballot_sync(kFullWarp, hit)));
-        unsigned missing = __ballot_sync(kFullWarp, wanted && !hit);
-        if (sets == 0)
+        if (missing != 0)
         {
-            count(HIP_TRT_CACHE_BYPASS, __popc(missing));
-            return found;
+            noteMissing(block, missing);
         }
-        for (; missing != 0; missing &= missing - 1)
-        {
-            const int asking = __ffs(missing) - 1;
-            const char* const placed = place(__shfl_sync(kFullWarp, block, asking));
-            found = threadIdx.x % kWarpSize == asking ? placed : found;
-        }
-        return found;
+        return hit ? rows + static_cast<int64_t>(hint - 1) * blockBytes() : inPool(block);
     }
 
-    // Put a block into the cache, and say where it is; in the pool if there is no room or another warp is at it. All lanes of
-    // a warp together.
-    __device__ __forceinline__ const char* place(uint32_t block)
+    // Have the blocks of the lanes of `missing` placed later; where the list is full, not.
+    __device__ __forceinline__ void noteMissing(uint32_t block, unsigned missing)
     {
-        const int slot = replaceOldest(block);
-        if (slot < 0)
+        const int lane = threadIdx.x % kWarpSize;
+        count(HIP_TRT_CACHE_MISS, __popc(missing));
+        const uint32_t capacity = sets * kWays;
+        uint32_t first = 0;
+        if (lane == 0 && capacity != 0)
         {
-            count(HIP_TRT_CACHE_BYPASS);
-            return inPool(block);
+            first = atomicAdd(missed, __popc(missing));
         }
-        char* const target = rows + static_cast<int64_t>(slot) * blockBytes();
-        copyBlock(target, block);
-        __threadfence();
-        __syncwarp();
-        if (threadIdx.x % kWarpSize == 0)
+        const uint32_t at = __shfl_sync(kFullWarp, first, 0) + __popc(missing & ((1u << lane) - 1));
+        if ((missing >> lane & 1) != 0 && at < capacity)
         {
-            atomicExch(owners + slot, BlockCache::owner(block, step, true));
-            hints[block] = slot + 1;
-        }
-        count(HIP_TRT_CACHE_MISS);
-        return target;
-    }
-
-    // Take the least recently used slot for a block that no slot has. Returns it, marked incomplete; -1 if all are in use, or
-    // if another warp takes one for the same block.
-    __device__ __forceinline__ int replaceOldest(uint32_t block)
-    {
-        Owner owner[kChoices];
-#pragma unroll
-        for (int choice = 0; choice < kChoices; ++choice)
-        {
-            owner[choice] = loadCurrent(owners + slotOf(block, choice));
-        }
-        while (true)
-        {
-            int longest = 0, best = 0, best_slot = 0;
-            bool present = false;
-#pragma unroll
-            for (int choice = 0; choice < kChoices; ++choice)
-            {
-                const int idle = owner[choice] >> 32 == 0 ? INT_MAX : age(owner[choice]);
-                if (idle > longest)
-                {
-                    longest = idle;
-                    best = choice;
-                    best_slot = slotOf(block, choice);
-                }
-                present = present || holds(owner[choice], block);
-            }
-            const int idle = longest;
-            longest = __reduce_max_sync(kFullWarp, longest);
-            if (__any_sync(kFullWarp, present) || longest <= kGrace + 1)
-            {
-                return -1;
-            }
-            // Warps that look for room at once begin at different slots.
-            const unsigned oldest = __ballot_sync(kFullWarp, idle == longest);
-            const int taking = (__ffs(__funnelshift_r(oldest, oldest, block)) - 1 + block) % kWarpSize;
-            const int slot = __shfl_sync(kFullWarp, best_slot, taking);
-            bool taken = false;
-            if (threadIdx.x % kWarpSize == taking)
-            {
-#pragma unroll
-                for (int choice = 0; choice < kChoices; ++choice) // not an index: that would put the array in memory
-                {
-                    if (choice == best)
-                    {
-                        const Owner before
-                            = atomicCAS(owners + slot, owner[choice], BlockCache::owner(block, step, false));
-                        taken = before == owner[choice];
-                        owner[choice] = before;
-                    }
-                }
-            }
-            if (__any_sync(kFullWarp, taken))
-            {
-                if (longest != INT_MAX)
-                {
-                    count(HIP_TRT_CACHE_EVICTION);
-                }
-                return slot;
-            }
+            missed[HIP_TRT_CACHE_MISSED_HEADER + at] = static_cast<int32_t>(block);
         }
     }
 
-    // Copy a block from the pool, several kilobytes in flight at once.
-    __device__ __forceinline__ void copyBlock(char* target, uint32_t block) const
-    {
-        constexpr int kBatch = 8, kChunk = 16;
-        const char* const source = inPool(block);
-        const int bytes = blockBytes();
-        const int new_at = new_row >> block_log2 == block ? (new_row & ((1u << block_log2) - 1)) * row_bytes : bytes;
-#pragma unroll 1
-        for (int base = threadIdx.x % kWarpSize * kChunk; base < bytes; base += kBatch * kWarpSize * kChunk)
-        {
-            uint4 chunk[kBatch];
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i)
-            {
-                const int at = base + i * kWarpSize * kChunk;
-                if (at < bytes)
-                {
-                    const bool is_new = at >= new_at && at < new_at + row_bytes;
-                    chunk[i] = loadCurrent(is_new ? new_data + at - new_at : source + at);
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i)
-            {
-                const int at = base + i * kWarpSize * kChunk;
-                if (at < bytes)
-                {
-                    *reinterpret_cast<uint4*>(target + at) = chunk[i];
-                }
-            }
-        }
-    }
-
-    // Write the new row to the copies of its block. A copy that is under way takes it from where this does.
-    __device__ __forceinline__ void writeNewRow()
+    // Write a new row of the pool to the copies of its block. For all lanes of a warp.
+    __device__ __forceinline__ void writeRow(uint32_t new_row, const char* data)
     {
         if (sets == 0)
         {
@@ -298,7 +186,7 @@ struct BlockCache
                     + (new_row & ((1u << block_log2) - 1)) * row_bytes;
                 for (int i = lane * 16; i < row_bytes; i += kWarpSize * 16)
                 {
-                    *reinterpret_cast<uint4*>(row + i) = *reinterpret_cast<const uint4*>(new_data + i);
+                    *reinterpret_cast<uint4*>(row + i) = *reinterpret_cast<const uint4*>(data + i);
                 }
             }
         }
@@ -319,9 +207,7 @@ struct BlockCache
 };
 
 // Where a lane's row of the pool is now; undefined where not `wanted`. For all lanes of a warp, which may ask for a block each.
-//
-// Not inlined: what it needs while it copies would else take registers from the kernel all the time.
-inline __device__ __noinline__ const char* findRow(BlockCache* cache, uint32_t row, bool wanted)
+__device__ __forceinline__ const char* findRow(BlockCache* cache, uint32_t row, bool wanted)
 {
     return cache->find(row >> cache->block_log2, wanted)
         + (row & ((1u << cache->block_log2) - 1)) * cache->row_bytes;

@@ -18,6 +18,7 @@ struct Call : HipTrtParams
     int block_k_log2;
     int row_bytes; // of one head of one token
     bool host_pools; // the present pools are in host memory, where tensor maps do not reach
+    bool appended;   // the new rows are in the present pools
 
     // What the search hands to the attention, for every query block of every mask head: [B, Hm, query_blocks].
     int32_t* chosen;       // [.., K] ascending; the caller's chosen_blocks, or workspace

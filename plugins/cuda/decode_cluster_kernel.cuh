@@ -140,8 +140,7 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
     uint32_t step = 0;
     if constexpr (Pools<T, D>::kOffloaded)
     {
-        step = static_cast<uint32_t>(loadCurrent(reinterpret_cast<const unsigned long long*>(decode.offload.counters)))
-            & 0x7fffffff;
+        step = BlockCache::currentStep(decode.offload.counters);
     }
     waitCopies<0>();
     __syncthreads();
@@ -186,11 +185,8 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
     {
         if (threadIdx.x == 0)
         {
-            const int64_t input = (static_cast<int64_t>(place.b) * call.shape.num_kv_heads + place.kv_head) * D;
-            new (shared.caches()) BlockCache(decode.offload.keys, call.present_key, call, step, new_row,
-                static_cast<const T*>(call.key) + input);
-            new (shared.caches() + 1) BlockCache(decode.offload.values, call.present_value, call, step, new_row,
-                static_cast<const T*>(call.value) + input);
+            new (shared.caches()) BlockCache(decode.offload.keys, call.present_key, call, step);
+            new (shared.caches() + 1) BlockCache(decode.offload.values, call.present_value, call, step);
         }
         __syncthreads();
     }
@@ -323,7 +319,8 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
     // While the results travel: copies of the new token's block, and what few callers ask for.
     if (appends)
     {
-        pools.append();
+        const int64_t input = (static_cast<int64_t>(place.b) * call.shape.num_kv_heads + place.kv_head) * D;
+        pools.append(new_row, static_cast<const T*>(call.key) + input, static_cast<const T*>(call.value) + input);
     }
     const bool keep_chosen = searched >= 0 && !reuse && config.reuse_level == 0;
     if (place.rank == 0 && (keep_chosen || call.chosen_blocks != nullptr))

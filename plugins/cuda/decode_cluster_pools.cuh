@@ -76,8 +76,8 @@ struct ResidentPools
         return loadOnce(address);
     }
 
-    // The new row has been written to the pools.
-    __device__ __forceinline__ void append() const
+    // The new row has been written to the pools, from key and value.
+    __device__ __forceinline__ void append(uint32_t, const void*, const void*) const
     {
     }
 };
@@ -153,19 +153,19 @@ struct OffloadedPools
             {fromLane(run.value, lane), fromLane(run.value, lane + 1)}};
     }
 
-    // Not loadOnce: the cache is written while the kernel runs.
+    // Not loadOnce: pools and caches are written to.
     static __device__ __forceinline__ uint4 load(const T* address)
     {
         return loadCurrent(address);
     }
 
     // For all threads of a thread block.
-    __device__ __forceinline__ void append() const
+    __device__ __forceinline__ void append(uint32_t row, const void* key, const void* value) const
     {
         const int warp = warpIndex();
         if (warp < 2)
         {
-            caches[warp].writeNewRow();
+            caches[warp].writeRow(row, static_cast<const char*>(warp == 0 ? key : value));
         }
     }
 };

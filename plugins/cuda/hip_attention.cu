@@ -57,8 +57,8 @@ cudaError_t attendChosen(const Call& call, cudaStream_t stream)
     return attend<T, D>(call, stream);
 }
 
-// On pools in host memory: cached copies of what the call writes are dropped, and if the staging area has room, new rows are
-// written to the pools now and the call goes on in that area.
+// On pools in host memory: cached copies of what the call writes are dropped, and if the staging area has room, the call goes
+// on in that area, from where new rows are copied to the pools meanwhile.
 cudaError_t moveToStaging(Call& call, const HipTrtOffload& offload, cudaStream_t stream)
 {
     cudaError_t error = forgetWritten(call, offload, stream);
@@ -67,23 +67,28 @@ cudaError_t moveToStaging(Call& call, const HipTrtOffload& offload, cudaStream_t
         call.host_pools = true;
         return error;
     }
-    if (error == cudaSuccess)
-    {
-        error = updateCache(call, stream);
-    }
     Call staged;
     if (error == cudaSuccess)
     {
         error = stagePages(call, offload, staged, stream);
-        call = staged;
     }
+    if (error == cudaSuccess)
+    {
+        error = updateCache(staged, stream);
+        staged.appended = true;
+    }
+    if (error == cudaSuccess)
+    {
+        error = writeOut(call, staged, offload, stream);
+    }
+    call = staged;
     return error;
 }
 
 template <typename T, int D>
 cudaError_t run(const Call& call, cudaStream_t stream)
 {
-    cudaError_t error = updateCache(call, stream);
+    cudaError_t error = call.appended ? cudaSuccess : updateCache(call, stream);
     if (error == cudaSuccess)
     {
         error = search<T, D>(call, stream);
@@ -102,16 +107,35 @@ cudaError_t runHeadDim(const Call& call, cudaStream_t stream)
                                                 : run<T, kLargeHeadDim>(call, stream);
 }
 
+// One kernel does it all, and one after it fills the caches.
+cudaError_t decode(const Call& call, const HipTrtOffload* offload, cudaStream_t stream)
+{
+    cudaError_t error = offload != nullptr ? settleRound(*offload, stream) : cudaSuccess;
+    if (error == cudaSuccess)
+    {
+        error = launchDecodeCluster(call, offload, stream);
+    }
+    if (error == cudaSuccess && offload != nullptr)
+    {
+        error = fillCaches(call, *offload, stream);
+    }
+    return error;
+}
+
 // `offload`: what is attached to the pools, or nullptr.
 cudaError_t runType(Call call, const HipTrtOffload* offload, cudaStream_t stream)
 {
     if (decodeClusterSupports(call))
     {
-        return launchDecodeCluster(call, offload, stream);
+        return decode(call, offload, stream);
     }
     if (offload != nullptr)
     {
-        const cudaError_t error = moveToStaging(call, *offload, stream);
+        cudaError_t error = settle(*offload, stream);
+        if (error == cudaSuccess)
+        {
+            error = moveToStaging(call, *offload, stream);
+        }
         if (error != cudaSuccess)
         {
             return error;

@@ -5,9 +5,13 @@
  * only: results are the same bits with caches of any size, and with none, as for pools in GPU memory.
  *
  *   decode  (S = 1) Key blocks that are scored or attended, and value blocks that are attended, are looked up in the caches.
- *           A block that is missing is read over the bus by the warp that needs it and placed in the cache, inside the step.
+ *           A block that is missing is read over the bus by the warp that needs it, and noted; a second kernel then copies what
+ *           was noted to the caches.
  *   prefill (S > 1) The call attends from the staging area, GPU memory for one layer that all layers can share: committed
- *           pages are copied there, and new rows are written both there and to the pools.
+ *           pages are copied there, new rows are written there, and from there to the pools.
+ *
+ * The second kernel, and the way from the staging area to the pools, need nothing but the bus: given a lane, they run beside
+ * the layers that follow.
  *
  * All memory belongs to the caller. Attaching is thread-safe; kernels keep what was attached when they were launched or
  * captured, so memory must stay until those have run.
@@ -24,24 +28,31 @@ extern "C" {
 /* Slots of a cache come in sets of so many. A block may be in any of four sets; the least recently used slot is replaced. */
 #define HIP_TRT_CACHE_WAYS 32
 
+/* What precedes the list of missed blocks: how many there are, and thread blocks that have read it. */
+#define HIP_TRT_CACHE_MISSED_HEADER 2
+
 /* Key blocks, or value blocks, in GPU memory. */
 typedef struct HipTrtBlockCache
 {
     void* rows;       /* [blocks, block_k, D] */
     uint64_t* owners; /* [blocks]: which block of the pool each is a copy of, and when it was last used. Zeros at first */
     int32_t* hints;   /* [blocks in the pool]: where each was put last. Zeros at first */
+    int32_t* missed;  /* [HIP_TRT_CACHE_MISSED_HEADER + blocks]: blocks to be placed. Zeros at first */
     int32_t blocks;   /* a multiple of HIP_TRT_CACHE_WAYS; 0: no cache */
 } HipTrtBlockCache;
 
-/* What a cache counts. */
+/* What a cache counts, in blocks. */
 typedef enum HipTrtCacheEvent
 {
     HIP_TRT_CACHE_HIT = 0,
-    HIP_TRT_CACHE_MISS = 1,     /* read over the bus and placed in the cache */
-    HIP_TRT_CACHE_EVICTION = 2, /* a miss that replaced another block */
-    HIP_TRT_CACHE_BYPASS = 3,   /* read over the bus and not placed: no room, or another warp was just placing it */
+    HIP_TRT_CACHE_MISS = 1,     /* read over the bus by the step that needed it */
+    HIP_TRT_CACHE_FILL = 2,     /* copied over the bus to the cache afterwards */
+    HIP_TRT_CACHE_EVICTION = 3, /* a fill that replaced another block */
     HIP_TRT_CACHE_EVENTS = 4
 } HipTrtCacheEvent;
+
+/* A stream beside that of the calls, for what may wait: shared by the layers of a model, which are called in turn. */
+typedef struct HipTrtOffloadLane HipTrtOffloadLane;
 
 /* The pools of one layer in host memory, and the GPU memory that serves them. All pointers 16-byte aligned. */
 typedef struct HipTrtOffload
@@ -56,6 +67,9 @@ typedef struct HipTrtOffload
     void* staging_values;   /* likewise */
     int32_t* staging_table; /* [staging_pages] */
     int32_t staging_pages;  /* used by calls of B pages_per_sequence slots or fewer */
+    int32_t last_layer;     /* 1: the layer's calls wait for the lane and leave nothing in it. A captured graph must end with
+                               such a layer's call */
+    HipTrtOffloadLane* lane; /* NULL: everything runs in the stream of the call */
 } HipTrtOffload;
 
 /* Serve calls on these pools from now on; replaces what was attached to key_pool before. */
@@ -63,6 +77,10 @@ HIP_TRT_API HipTrtStatus hipTrtOffloadAttach(const HipTrtOffload* offload);
 
 /* Calls launched from now on use the pool as plain memory. Nothing happens if nothing is attached. */
 HIP_TRT_API HipTrtStatus hipTrtOffloadDetach(const void* key_pool);
+
+/* A lane on the current device. Destroying it waits for what runs there; nothing may be attached to it any more. */
+HIP_TRT_API HipTrtStatus hipTrtOffloadLaneCreate(HipTrtOffloadLane** lane);
+HIP_TRT_API HipTrtStatus hipTrtOffloadLaneDestroy(HipTrtOffloadLane* lane);
 
 /* Empty both caches, in stream order: for a caller that writes to the pools by other means than hipTrtAttention. */
 HIP_TRT_API HipTrtStatus hipTrtOffloadForget(const void* key_pool, cudaStream_t stream);

@@ -1,10 +1,12 @@
 #include "offload.cuh"
 
-#include "block_cache.cuh"
+#include "block_cache_fill.cuh"
 #include "launch.cuh"
+#include "offload_lane.cuh"
 
 #include <map>
 #include <mutex>
+#include <new>
 
 namespace hip_trt
 {
@@ -13,6 +15,7 @@ namespace
 {
 
 constexpr int kThreads = 256;
+constexpr int kFillBlocks = 16; // thread blocks that fill a cache: 128 blocks on their way at once keep the bus busy
 
 // What is attached, by key pool.
 std::mutex attached_mutex;
@@ -22,7 +25,7 @@ bool validCache(const HipTrtBlockCache& cache)
 {
     return cache.blocks == 0
         || (cache.blocks > 0 && cache.blocks % HIP_TRT_CACHE_WAYS == 0 && cache.rows != nullptr && cache.owners != nullptr
-            && cache.hints != nullptr
+            && cache.hints != nullptr && cache.missed != nullptr
             && reinterpret_cast<uintptr_t>(cache.rows) % 16 == 0);
 }
 
@@ -54,8 +57,62 @@ __global__ void __launch_bounds__(kThreads)
     }
     const uint32_t in_pool
         = static_cast<uint32_t>(PagedRows(call, b, head).row(block * block_k) >> call.block_k_log2);
-    BlockCache(offload.keys, call.present_key, call, 0, 0, nullptr).forget(in_pool);
-    BlockCache(offload.values, call.present_value, call, 0, 0, nullptr).forget(in_pool);
+    BlockCache(offload.keys, call.present_key, call, 0).forget(in_pool);
+    BlockCache(offload.values, call.present_value, call, 0).forget(in_pool);
+}
+
+// Place the blocks that a step missed, a warp each, and empty the list. blockIdx.y: keys, or values.
+__global__ void __launch_bounds__(kThreads)
+    fillKernel(const __grid_constant__ Call call, const __grid_constant__ HipTrtOffload offload)
+{
+    const bool is_key = blockIdx.y == 0;
+    BlockCache& cache = *reinterpret_cast<BlockCache*>(dynamicShared());
+    if (threadIdx.x == 0)
+    {
+        new (&cache) BlockCache(is_key ? offload.keys : offload.values, is_key ? call.present_key : call.present_value, call,
+            BlockCache::currentStep(offload.counters));
+    }
+    __syncthreads();
+    if (cache.sets == 0)
+    {
+        return;
+    }
+    const int count = min(loadCurrent(cache.missed), static_cast<int>(cache.sets * kWays));
+    const int warp = threadIdx.x / kWarpSize * gridDim.x + blockIdx.x;
+    for (int i = warp; i < count; i += gridDim.x * (kThreads / kWarpSize))
+    {
+        place(cache, static_cast<uint32_t>(loadCurrent(cache.missed + HIP_TRT_CACHE_MISSED_HEADER + i)));
+    }
+    __syncthreads();
+    if (threadIdx.x < HIP_TRT_CACHE_EVENTS && cache.events[threadIdx.x] != 0)
+    {
+        Owner* const counters = reinterpret_cast<Owner*>(offload.counters) + 1 + blockIdx.y * HIP_TRT_CACHE_EVENTS;
+        atomicAdd(counters + threadIdx.x, static_cast<Owner>(cache.events[threadIdx.x]));
+    }
+    if (threadIdx.x == 0 && atomicAdd(cache.missed + 1, 1) == static_cast<int>(gridDim.x) - 1)
+    {
+        cache.missed[0] = cache.missed[1] = 0; // all thread blocks have read the list
+    }
+}
+
+// Copy a call's new rows from the staging area, where `staged` has them, to its pools. A thread block per token.
+__global__ void __launch_bounds__(kThreads)
+    writeOutKernel(const __grid_constant__ Call call, const __grid_constant__ Call staged)
+{
+    const int b = blockIdx.y, chunks = call.row_bytes / static_cast<int>(sizeof(uint4));
+    if (static_cast<int>(blockIdx.x) >= call.query_lengths[b])
+    {
+        return;
+    }
+    const int token = call.past_lengths[b] + blockIdx.x;
+    for (int i = threadIdx.x; i < call.shape.num_kv_heads * chunks; i += kThreads)
+    {
+        const int head = i / chunks;
+        const int64_t from = PagedRows(staged, b, head).row(token) * chunks + i % chunks;
+        const int64_t to = PagedRows(call, b, head).row(token) * chunks + i % chunks;
+        static_cast<uint4*>(call.present_key)[to] = static_cast<const uint4*>(staged.present_key)[from];
+        static_cast<uint4*>(call.present_value)[to] = static_cast<const uint4*>(staged.present_value)[from];
+    }
 }
 
 // A thread block per page slot and sequence.
@@ -85,6 +142,13 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
+// Launch on the layer's lane, if there may be work left after the call.
+template <typename Launch>
+cudaError_t beside(const HipTrtOffload& offload, cudaStream_t stream, Launch work)
+{
+    return offload.lane == nullptr || offload.last_layer ? work(stream) : offload.lane->fork(stream, offload.key_pool, work);
+}
+
 } // namespace
 
 bool findOffload(const Call& call, HipTrtOffload& offload)
@@ -99,6 +163,17 @@ bool findOffload(const Call& call, HipTrtOffload& offload)
     return true;
 }
 
+cudaError_t settle(const HipTrtOffload& offload, cudaStream_t stream)
+{
+    return offload.lane == nullptr ? cudaSuccess : offload.lane->join(stream);
+}
+
+cudaError_t settleRound(const HipTrtOffload& offload, cudaStream_t stream)
+{
+    return offload.lane == nullptr ? cudaSuccess
+                                   : offload.lane->join(stream, offload.last_layer ? nullptr : offload.key_pool);
+}
+
 cudaError_t forgetWritten(const Call& call, const HipTrtOffload& offload, cudaStream_t stream)
 {
     // New rows touch one block more than they fill, if they begin inside one.
@@ -106,6 +181,24 @@ cudaError_t forgetWritten(const Call& call, const HipTrtOffload& offload, cudaSt
     const int warps = kThreads / kWarpSize;
     const unsigned grid = (static_cast<unsigned>(blocks) * call.shape.num_kv_heads + warps - 1) / warps;
     return launch(forgetKernel, dim3(grid, call.shape.batch), kThreads, 0, stream, call, offload);
+}
+
+cudaError_t fillCaches(const Call& call, const HipTrtOffload& offload, cudaStream_t stream)
+{
+    if (offload.keys.blocks == 0 && offload.values.blocks == 0)
+    {
+        return cudaSuccess;
+    }
+    return beside(offload, stream, [&](cudaStream_t beside) {
+        return launch(fillKernel, dim3(kFillBlocks, 2), kThreads, sizeof(BlockCache), beside, call, offload);
+    });
+}
+
+cudaError_t writeOut(const Call& call, const Call& staged, const HipTrtOffload& offload, cudaStream_t stream)
+{
+    return beside(offload, stream, [&](cudaStream_t beside) {
+        return launch(writeOutKernel, dim3(call.shape.new_tokens, call.shape.batch), kThreads, 0, beside, call, staged);
+    });
 }
 
 bool canStage(const Call& call, const HipTrtOffload& offload)
@@ -158,7 +251,11 @@ HipTrtStatus hipTrtOffloadForget(const void* key_pool, cudaStream_t stream)
         }
         offload = found->second;
     }
-    cudaError_t error = clearCache(offload.keys, stream);
+    cudaError_t error = settle(offload, stream);
+    if (error == cudaSuccess)
+    {
+        error = clearCache(offload.keys, stream);
+    }
     if (error == cudaSuccess)
     {
         error = clearCache(offload.values, stream);

@@ -10,6 +10,15 @@ namespace hip_trt
 // What is attached to a call's pools. False: nothing.
 bool findOffload(const Call& call, HipTrtOffload& offload);
 
+// Wait for what earlier calls left in the lane.
+cudaError_t settle(const HipTrtOffload& offload, cudaStream_t stream);
+
+// The same for a decode step: only the last layer waits. By then the caches of the others have had the time of a whole step.
+cudaError_t settleRound(const HipTrtOffload& offload, cudaStream_t stream);
+
+// Place what a decode step missed in the caches, beside the layers that follow.
+cudaError_t fillCaches(const Call& call, const HipTrtOffload& offload, cudaStream_t stream);
+
 // Drop cached copies of the blocks that a call writes to its pools.
 cudaError_t forgetWritten(const Call& call, const HipTrtOffload& offload, cudaStream_t stream);
 
@@ -19,5 +28,8 @@ bool canStage(const Call& call, const HipTrtOffload& offload);
 // Copy the committed pages of a call's sequences to the staging area. Returns the call on that area, whose new rows are
 // yet to be written.
 cudaError_t stagePages(const Call& call, const HipTrtOffload& offload, Call& staged, cudaStream_t stream);
+
+// Copy the new rows of a staged call to the pools of `call`, beside the layers that follow.
+cudaError_t writeOut(const Call& call, const Call& staged, const HipTrtOffload& offload, cudaStream_t stream);
 
 } // namespace hip_trt

@@ -165,6 +165,7 @@ def test_graph_replays(library: Library) -> None:  # noqa: F811
         keys, values = (after - first for after, first in zip(caches.counts(), before, strict=True))
         assert keys.misses < keys.hits
         assert values.misses * 2 == values.hits
+        assert 0 < values.fills <= values.misses
 
 
 def test_two_streams_share_nothing(library: Library) -> None:  # noqa: F811

@@ -245,6 +245,11 @@ inline unsigned long long loadCurrent(const unsigned long long* address)
     return *address;
 }
 
+inline unsigned long long loadAcquire(const unsigned long long* address)
+{
+    return *address;
+}
+
 inline int32_t loadCurrent(const int32_t* address)
 {
     return *address;

@@ -1,0 +1,121 @@
+#include "offload_lane.cuh"
+
+#include <memory>
+
+namespace
+{
+
+cudaError_t captureOf(cudaStream_t stream, unsigned long long& capture)
+{
+    cudaStreamCaptureStatus status;
+    unsigned long long id = 0;
+    const cudaError_t error = cudaStreamGetCaptureInfo(stream, &status, &id);
+    capture = status == cudaStreamCaptureStatusActive ? id : 0;
+    return error;
+}
+
+// Waits on the host, also while a stream of this thread is captured: for work that the capture is no part of.
+cudaError_t waitOnHost(cudaEvent_t event)
+{
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode);
+    if (error == cudaSuccess)
+    {
+        error = cudaEventSynchronize(event);
+        cudaThreadExchangeStreamCaptureMode(&mode);
+    }
+    return error;
+}
+
+} // namespace
+
+cudaError_t HipTrtOffloadLane::create(HipTrtOffloadLane*& lane)
+{
+    std::unique_ptr<HipTrtOffloadLane> made(new HipTrtOffloadLane);
+    cudaError_t error = cudaStreamCreateWithFlags(&made->stream_, cudaStreamNonBlocking);
+    for (cudaEvent_t* const event : {&made->forked_, &made->done_})
+    {
+        if (error == cudaSuccess)
+        {
+            error = cudaEventCreateWithFlags(event, cudaEventDisableTiming);
+        }
+    }
+    lane = error == cudaSuccess ? made.release() : nullptr;
+    return error;
+}
+
+HipTrtOffloadLane::~HipTrtOffloadLane()
+{
+    if (stream_ != nullptr)
+    {
+        cudaStreamSynchronize(stream_);
+        cudaStreamDestroy(stream_);
+    }
+    for (const cudaEvent_t event : {forked_, done_})
+    {
+        if (event != nullptr)
+        {
+            cudaEventDestroy(event);
+        }
+    }
+}
+
+cudaError_t HipTrtOffloadLane::fork(
+    cudaStream_t stream, const void* layer, const std::function<cudaError_t(cudaStream_t)>& work)
+{
+    const std::lock_guard<std::mutex> lock(mutex_);
+    unsigned long long capture = 0;
+    cudaError_t error = captureOf(stream, capture);
+    if (error == cudaSuccess)
+    {
+        error = cudaEventRecord(forked_, stream);
+    }
+    if (error == cudaSuccess)
+    {
+        error = cudaStreamWaitEvent(stream_, forked_, 0);
+    }
+    if (error == cudaSuccess)
+    {
+        error = work(stream_);
+    }
+    if (error == cudaSuccess)
+    {
+        error = cudaEventRecord(done_, stream_);
+    }
+    first_ = pending_ ? first_ : layer;
+    pending_ = error == cudaSuccess;
+    capture_ = capture;
+    return error;
+}
+
+cudaError_t HipTrtOffloadLane::join(cudaStream_t stream, const void* layer)
+{
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!pending_ || (layer != nullptr && layer != first_))
+    {
+        return cudaSuccess;
+    }
+    unsigned long long capture = 0;
+    cudaError_t error = captureOf(stream, capture);
+    if (error == cudaSuccess && capture == capture_)
+    {
+        error = cudaStreamWaitEvent(stream, done_, 0);
+    }
+    else if (error == cudaSuccess && capture_ == 0)
+    {
+        error = waitOnHost(done_);
+    } // else it belongs to a graph that has been captured, which has ended it
+    pending_ = false;
+    return error;
+}
+
+HipTrtStatus hipTrtOffloadLaneCreate(HipTrtOffloadLane** lane)
+{
+    return HipTrtOffloadLane::create(*lane) == cudaSuccess ? HIP_TRT_SUCCESS : HIP_TRT_CUDA_ERROR;
+}
+
+HipTrtStatus hipTrtOffloadLaneDestroy(HipTrtOffloadLane* lane)
+{
+    delete lane;
+    return HIP_TRT_SUCCESS;
+}
