@@ -16,15 +16,17 @@ BROKEN = 5.0
 _MODES = {"prefill": "Prefill", "decode": "Decode"}
 
 
-def study(data: Mapping[str, Any], *, command: str, parameters: Mapping[str, Any], machine: Mapping[str, Any]) -> Study:
+def study(
+    data: Mapping[str, Any], *, command: str, parameters: Mapping[str, Any], measured_on: Mapping[str, Any]
+) -> Study:
     """The study's files.
 
     Args:
         data: from :func:`hip_trt.evaluate.perplexity_run.run`.
-        command, parameters, machine: see :class:`Study`.
+        command, parameters, measured_on: see :class:`Study`.
     """
     return Study(
-        "perplexity", "Perplexity: dense against HiP", command, parameters, machine, data,
+        "perplexity", "Perplexity: dense against HiP", command, parameters, measured_on, data,
         tables=tables(data), findings=findings(data), notes=_notes(data),
     )
 

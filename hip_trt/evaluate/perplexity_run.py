@@ -45,8 +45,8 @@ class Options:
 
 
 def run(
-    model: Any, texts: Mapping[str, Sequence[int]], options: Options, *, say: Callable[[str], None],
-    save: Callable[[dict[str, Any]], None],
+    model: Any, texts: Mapping[str, Sequence[int]], options: Options, *, say: Callable[[str], object],
+    save: Callable[[dict[str, Any]], object],
 ) -> dict[str, Any]:
     """Measure everything.
 
