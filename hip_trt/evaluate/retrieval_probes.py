@@ -8,7 +8,6 @@ understood: small models can do it, and what fails is finding.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +23,7 @@ QUESTION_TOKENS = 2
 """Tokens of a synthetic line that are its question."""
 _REPEAT_EVERY = 32
 """Tokens from one occurrence of a synthetic line to the next, where it stands over a stretch."""
-
-_KEEPERS = (
-    "baker", "captain", "doctor", "farmer", "gardener", "guard", "hunter", "judge", "king", "lawyer", "miner",
-    "monk", "nurse", "painter", "pilot", "poet", "priest", "prince", "queen", "sailor", "singer", "soldier", "teacher",
-    "tailor", "thief", "trader", "weaver", "widow", "writer", "merchant", "student", "driver",
-)
+_ASKED_WORDS, _ANSWERED_WORDS = 5, 2
 _WORDS = (
     "apple", "arrow", "autumn", "basket", "bridge", "bronze", "butter", "candle", "carpet", "castle", "cherry", "cloud",
     "coffee", "copper", "cotton", "desert", "diamond", "dragon", "eagle", "engine", "feather", "fire", "flower",
@@ -47,7 +41,7 @@ class Fact:
     """A question and where its answer stands.
 
     Attributes:
-        depth: where the fact stands, from 0, the context's beginning, to 1, its end.
+        depth: of the part of the context that it stands in, from 0, the beginning, to 1, the end.
         start: position of its line's first token; of the first occurrence where there are several.
         question: token ids that are asked.
         answer: token ids that are right.
@@ -75,11 +69,6 @@ class Probe:
     def tokens(self) -> int:
         """Of context, question and answer together."""
         return len(self.context) + len(self.facts[0].question) + len(self.facts[0].answer)
-
-
-def depths(count: int) -> list[float]:
-    """Depths that facts are put at: the middles of ``count`` equal parts of a context."""
-    return [(part + 0.5) / count for part in range(count)]
 
 
 def synthetic_probe(language: RecallLanguage, tokens: int, *, facts: int, stretch: int, seed: int) -> Probe:
@@ -119,7 +108,10 @@ def synthetic_probe(language: RecallLanguage, tokens: int, *, facts: int, stretc
 
 
 def text_probe(tokenizer: Any, text: Text, tokens: int, *, facts: int, seed: int) -> Probe:
-    """Facts in a real text: who keeps which four words.
+    """Facts in a real text: random words in a row. The first five are asked, the next two are the answer.
+
+    Questions that must be understood ("the code of the harbour is") fail in small models under dense attention too, as
+    soon as several facts are alike; to go on with a list of words is what even the smallest can.
 
     Args:
         tokenizer: of transformers.
@@ -129,27 +121,27 @@ def text_probe(tokenizer: Any, text: Text, tokens: int, *, facts: int, seed: int
         seed: of everything that is random.
 
     Raises:
-        RuntimeInputError: the text is too short, the facts do not fit, or the tokenizer has no whole words.
+        RuntimeInputError: the text is too short, the facts do not fit, or the tokenizer knows too few words.
     """
     chance = random.Random(seed)
-    beginnings = _alike([f"\nThe four secret words of the {keeper} are" for keeper in _KEEPERS], tokenizer)
     words = [word for word in _WORDS if len(_ids(tokenizer, f" {word}")) == 1]
-    if len(beginnings) < facts or len(words) < 4 * facts:
+    each = _ASKED_WORDS + _ANSWERED_WORDS
+    if len(words) < each * facts:
         raise RuntimeInputError(
-            f"The tokenizer has {len(beginnings)} names and {len(words)} words of one token, for {facts} facts.",
+            f"{facts} facts need {each * facts} words, and the tokenizer has {len(words)} of one token.",
             "Ask for fewer facts.",
         )
-    chance.shuffle(beginnings)
     chance.shuffle(words)
-    endings = [
-        _ids(tokenizer, " {}, {}, {}, {}".format(*words[4 * number : 4 * number + 4])) for number in range(facts)
-    ]
     stop = _ids(tokenizer, ".\n")
-    lines = [(beginnings[number], endings[number]) for number in range(facts)]
-    added = sum(len(beginning) + len(ending) + len(stop) for beginning, ending in lines)
-    length = tokens - len(beginnings[0]) - len(endings[0]) - added
+    lines = []
+    for number in range(facts):
+        mine = words[each * number : each * (number + 1)]
+        asked, answered = ", ".join(mine[:_ASKED_WORDS]), ", ".join(mine[_ASKED_WORDS:])
+        lines.append((_ids(tokenizer, f"\nThe words are {asked},"), _ids(tokenizer, f" {answered}")))
+    question, answer = map(len, lines[0])
+    length = tokens - question - answer - facts * (question + answer + len(stop))
     part = length // facts
-    if part < 32:
+    if part < 2 * question:
         raise RuntimeInputError(f"{facts} facts do not fit into {tokens} tokens.", "Ask for fewer facts.")
     filler = _stretch(tokenizer, text, length, chance)
     ends = [index + 1 for index, ids in enumerate(filler) if "\n" in tokenizer.decode([ids])]
@@ -157,8 +149,8 @@ def text_probe(tokenizer: Any, text: Text, tokens: int, *, facts: int, seed: int
     found, used = [], 0
     for number, (beginning, ending) in enumerate(lines):
         middle = int((number + 0.5) * part)
-        cut = max((end for end in ends if middle - part // 4 <= end <= middle + part // 4), default=middle,
-                  key=lambda end: -abs(end - middle))
+        near = [end for end in ends if abs(end - middle) <= part // 4]
+        cut = min(near, key=lambda end: abs(end - middle), default=middle)
         context += filler[used:cut]
         found.append(Fact((number + 0.5) / facts, len(context), tuple(beginning), tuple(ending)))
         context += [*beginning, *ending, *stop]
@@ -173,14 +165,6 @@ def _stretch(tokenizer: Any, text: Text, count: int, chance: random.Random) -> l
     spare = max(0, len(content) - 8 * count)  # characters: what is left is longer than asked for, in most languages
     begin = content.find("\n", chance.randrange(spare + 1)) + 1
     return encode(tokenizer, content[begin:], count, text.name)
-
-
-def _alike(lines: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """The token ids of those lines that have as many tokens as most of them have."""
-    ids = [_ids(tokenizer, line) for line in lines]
-    lengths = [len(line) for line in ids]
-    usual = max(set(lengths), key=lengths.count)
-    return [line for line in ids if len(line) == usual]
 
 
 def _ids(tokenizer: Any, content: str) -> list[int]:
