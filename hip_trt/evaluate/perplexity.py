@@ -159,15 +159,15 @@ def begin(model: Any, texts: Mapping[str, Sequence[int]], setting: Setting) -> S
 
 
 def measure(model: Any, texts: Mapping[str, Sequence[int]], section: Section, case: Case, *, seed: int = 0) -> None:
-    """Add one row to a section: a case on all texts. What no kernel computes is entered as failed, with the reason."""
+    """Add one row to a section: a case on all texts. What fails is entered with the reason."""
     from hip_trt.huggingface import patch, unpatch
 
-    setting, config = section.setting, case.config
+    setting = section.setting
     start = time.perf_counter()
     row: dict[str, Any] = {"mode": case.mode, "method": case.method, "label": case.label, "changes": dict(case.changes)}
     decode = case.mode == "decode"
-    patch(model, config)
     try:
+        patch(model, case.config)
         results = {}
         with scaled(model, setting.scaling, setting.factor):
             for name in section.dense:
@@ -182,9 +182,9 @@ def measure(model: Any, texts: Mapping[str, Sequence[int]], section: Section, ca
         worst = max(results, key=lambda name: float(results[name]["change"]))
         row |= {"texts": results, "worst": results[worst]["change"], "worst_text": worst}
     except HipTrtError as error:
-        if isinstance(error, RuntimeInputError):
-            raise
         row["failed"] = error.cause
+    except torch.OutOfMemoryError:
+        row["failed"] = "out of memory"
     finally:
         unpatch(model)
     section.rows.append(row | {"seconds": round(time.perf_counter() - start, 3)})
