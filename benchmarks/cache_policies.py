@@ -32,7 +32,7 @@ from hip_trt.config import HipConfig
 from hip_trt.errors import HipTrtError, RuntimeInputError
 from hip_trt.evaluate.cache_policy import POLICIES, simulate
 from hip_trt.evaluate.cache_trace import Accesses, LayerStates, Trace, capture, replay
-from hip_trt.evaluate.perplexity import manual_text
+from hip_trt.evaluate.texts import manual
 from hip_trt.offload import CacheCounts
 from hip_trt.offload.block_caches import WAYS
 
@@ -103,7 +103,7 @@ def record(arguments: argparse.Namespace) -> dict[int, LayerStates]:
     if not model.exists():
         raise RuntimeInputError(f"{model}: no such file or folder.", "Give a .gguf file or a Hugging Face folder.")
     try:
-        text = manual_text() if arguments.text is None else arguments.text.read_text(encoding="utf-8")
+        text = manual().content if arguments.text is None else arguments.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RuntimeInputError(f"{arguments.text}: cannot be read: {error}.", "Give a UTF-8 text.") from None
     ids = AutoTokenizer.from_pretrained(**where)(text)["input_ids"]

@@ -483,12 +483,12 @@ def test_perplexity_equals_transformers(model: LlamaForCausalLM) -> None:
         assert generator.perplexity(tokens[0].tolist(), skip=skip) == pytest.approx(float(loss.exp()), rel=1e-5)
 
 
-def test_dense_perplexity_counts_the_same_predictions(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(perplexity, "_CHUNK", 16)
+def test_the_study_counts_the_same_predictions(model: LlamaForCausalLM) -> None:
     generator = Generator(OracleExecutor(model, DENSE, logits="all"))
     for skip in (0, 17):
         expected = generator.perplexity(prompt(60), skip=skip)
-        assert perplexity.dense_perplexity(model, prompt(60), skip=skip) == pytest.approx(expected, rel=1e-5)
+        losses = perplexity.read(model, prompt(60), skip=skip, chunk=16)
+        assert float(losses.mean().exp()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_perplexity_errors(model: LlamaForCausalLM) -> None:

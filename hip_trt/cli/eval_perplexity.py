@@ -120,8 +120,10 @@ def perplexity(
         return perplexity_report.study(
             data, measured_on=measured_on,
             command=command(
-                "perplexity", model, texts=texts, text=text, max_tokens=max_tokens, skip=skip, grid=grid,
-                lengths=lengths, scalings=scalings if longer else None, long_grid=long_grid, device=device, dtype=dtype,
+                "perplexity", model, texts=texts, text=text, max_tokens=max_tokens, skip=skip,
+                grid=Path(grid).name,
+                lengths=lengths, scalings=scalings if longer else None,
+                long_grid=long_grid and Path(long_grid).name, device=device, dtype=dtype,
                 seconds=seconds, seed=seed,
             ) + (" --float32-check" if float32_check else ""),
             parameters={

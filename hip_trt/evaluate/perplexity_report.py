@@ -270,7 +270,7 @@ def _plot_budget(axes: Any, section: Mapping[str, Any]) -> None:
     axes.set(xscale="log", xlabel="mask_k, tokens", ylabel="change of perplexity, worst text, %",
              title=f"Prefill, {section['tokens']:,} tokens")
     axes.set_yscale("symlog", linthresh=1)
-    axes.legend()
+    _legend(axes)
 
 
 def _plot_intervals(axes: Any, sections: Sequence[Mapping[str, Any]]) -> None:
@@ -288,7 +288,7 @@ def _plot_intervals(axes: Any, sections: Sequence[Mapping[str, Any]]) -> None:
     axes.set(xlabel="refresh interval, steps", ylabel="change of perplexity, worst text, %", title="Decode")
     axes.set_xscale("log", base=2)
     axes.set_yscale("symlog", linthresh=1)
-    axes.legend(fontsize=7)
+    _legend(axes)
 
 
 def _plot_dense(axes: Any, sections: Sequence[Mapping[str, Any]]) -> None:
@@ -303,5 +303,9 @@ def _plot_dense(axes: Any, sections: Sequence[Mapping[str, Any]]) -> None:
     axes.set(xlabel="position", ylabel="dense against its own context, worst text, %",
              title=f"Dense over {longest:,} tokens, by RoPE scaling")
     axes.set_yscale("symlog", linthresh=5)
-    if sections:
-        axes.legend()
+    _legend(axes)
+
+
+def _legend(axes: Any) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7)

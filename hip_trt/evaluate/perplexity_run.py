@@ -12,6 +12,7 @@ import torch
 from hip_trt.errors import RuntimeInputError
 from hip_trt.evaluate.perplexity import Section, Setting, begin, best_scaling, line, measure
 from hip_trt.evaluate.perplexity_grid import LONG, Case
+from hip_trt.evaluate.rope_scaling import check
 
 DECODED = 8192
 """Tokens at the end of a long text that are decoded; those before them are prefilled."""
@@ -62,11 +63,14 @@ def run(
         beyond the model's context that has rows is the one whose scaling serves dense attention best.
 
     Raises:
-        RuntimeInputError: no text is as long as a setting asks, or predictions are not finite.
+        RuntimeInputError: no text is as long as a setting asks, RoPE cannot be scaled so, or predictions are not
+            finite.
     """
     for length in (options.tokens, *options.lengths):
         if not any(len(tokens) >= length for tokens in texts.values()):
             raise RuntimeInputError(f"No text has {length:,} tokens.", "Give longer texts, or ask for fewer tokens.")
+    for scaling in options.scalings if options.lengths else ():
+        check(model, scaling)
     end = None if options.time_limit is None else time.monotonic() + options.time_limit
     sections: list[Section] = []
     unfinished: list[str] = []

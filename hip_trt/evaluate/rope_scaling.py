@@ -31,18 +31,12 @@ def scaled(model: Any, scaling: str, factor: float) -> Iterator[None]:
     Raises:
         RuntimeInputError: the scaling is unknown, or the model scales its RoPE already.
     """
-    if scaling not in SCALINGS:
-        raise RuntimeInputError(f"--scalings: {scaling!r} is not known.", f"Give some of {', '.join(SCALINGS)}.")
+    check(model, scaling)
     if scaling == "none":
         yield
         return
     base = model.base_model
     trained = model.config.rope_parameters
-    if trained.get("rope_type", "default") != "default":
-        raise RuntimeInputError(
-            f"--scalings {scaling}: the model scales its RoPE already ({trained['rope_type']}).",
-            "Give --scalings none.",
-        )
     config = copy.deepcopy(model.config)
     config.rope_parameters = _parameters(trained, scaling, factor, heads(config).size, config.max_position_embeddings)
     own = base.rotary_emb
@@ -51,6 +45,17 @@ def scaled(model: Any, scaling: str, factor: float) -> Iterator[None]:
         yield
     finally:
         base.rotary_emb = own
+
+
+def check(model: Any, scaling: str) -> None:
+    """Refuse what :func:`scaled` would."""
+    if scaling not in SCALINGS:
+        raise RuntimeInputError(f"--scalings: {scaling!r} is not known.", f"Give some of {', '.join(SCALINGS)}.")
+    own = model.config.rope_parameters.get("rope_type", "default")
+    if scaling != "none" and own != "default":
+        raise RuntimeInputError(
+            f"--scalings {scaling}: the model scales its RoPE already ({own}).", "Give --scalings none."
+        )
 
 
 def _parameters(trained: dict[str, Any], scaling: str, factor: float, size: int, context: int) -> dict[str, Any]:
