@@ -224,9 +224,8 @@ def _digest(start: bytes, *groups: Iterable[Path]) -> str:
 
 
 def _compile(include: Path, sources: list[Path], target: Path, link: list[str]) -> None:
-    # TensorRT's headers name one type of CUDA that the emulation lacks; to them both are opaque.
     command = [
-        str(emulated.compiler()), "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-DcudaEvent_t=cudaStream_t",
+        str(emulated.compiler()), "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra",
         f'-DHIP_TRT_VERSION="{metadata.version("hip-trt")}"', f"-I{emulated.EMULATION}",
         f"-I{PLUGINS / 'cuda'}", "-isystem", str(include),
     ]
