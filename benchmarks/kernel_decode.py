@@ -15,11 +15,11 @@ import sys
 from typing import Any
 
 import torch
-from kernel_bench import environment, hip_attn, options, roofline
+from kernel_bench import environment, hip_attn, options
 from kernel_bench.plot import plot
 from kernel_bench.report import Header, Report, case_name, markdown
 
-from hip_trt.bench import dense
+from hip_trt.bench import dense, roofline
 from hip_trt.bench.checks import CheckError
 from hip_trt.bench.decode_step import decode_steps
 from hip_trt.bench.geometry import LLAMA_8B

@@ -14,11 +14,11 @@ import sys
 from typing import Any
 
 import torch
-from kernel_bench import environment, hip_attn, options, roofline
+from kernel_bench import environment, hip_attn, options
 from kernel_bench.plot import plot
 from kernel_bench.report import Header, Report, case_name, markdown
 
-from hip_trt.bench import dense
+from hip_trt.bench import dense, roofline
 from hip_trt.bench.checks import CheckError
 from hip_trt.bench.geometry import LLAMA_8B
 from hip_trt.bench.inputs import Tensors, draw

@@ -20,18 +20,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import kernel_decode
 import kernel_prefill
-from kernel_bench import hip_attn, options, roofline
+from kernel_bench import hip_attn, options
 from kernel_bench.options import length
 from kernel_bench.report import Header, Report, markdown
-from kernel_bench.roofline import Rates
 
-from hip_trt.bench import dense, pages
+from hip_trt.bench import dense, pages, roofline
 from hip_trt.bench.break_even import break_even
 from hip_trt.bench.checks import CheckError, Comparison, compare_dense
 from hip_trt.bench.decode_step import decode_steps
 from hip_trt.bench.geometry import LLAMA_8B, Geometry
 from hip_trt.bench.inputs import draw
 from hip_trt.bench.prefill_call import PrefillCall
+from hip_trt.bench.roofline import Rates
 from hip_trt.bench.timing import Timing
 from hip_trt.config import HipConfig
 from hip_trt.library import Library

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from hip_trt import library as binding
+from hip_trt.bench.roofline import Rates
 from hip_trt.errors import HipTrtError
 from hip_trt.library import Library
 from kernel_bench.plot import plot
 from kernel_bench.report import markdown
-from kernel_bench.roofline import Rates
 
 
 def parse(description: str | None) -> argparse.Namespace:

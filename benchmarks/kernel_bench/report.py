@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hip_trt.bench.break_even import BreakEven, break_even
+from hip_trt.bench.roofline import Rates, Work
 from hip_trt.bench.timing import Timing
-from kernel_bench.roofline import Rates, Work
 
 
 @dataclass(frozen=True)
