@@ -4,6 +4,7 @@ With it the exported graph and the plugin are proven together on GPUs that no in
 """
 
 from graph_host.executor import GraphExecutor
+from graph_host.graph import UnsupportedGraph
 from graph_host.plugin import Plugin, PluginFailure
 
-__all__ = ["GraphExecutor", "Plugin", "PluginFailure"]
+__all__ = ["GraphExecutor", "Plugin", "PluginFailure", "UnsupportedGraph"]

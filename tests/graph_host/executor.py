@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from graph_host.graph import AttentionCall, AttentionNode, Graph, Program, Values
-from graph_host.plugin import AttachedLayer, Plugin, TensorShape
 from torch import Tensor
 
+from graph_host.graph import AttentionCall, AttentionNode, Graph, Program, Values
+from graph_host.plugin import AttachedLayer, Plugin, TensorShape
 from hip_trt import operator as names
 from hip_trt.onnx_file import read_onnx
 from hip_trt.runtime.executor import Limits

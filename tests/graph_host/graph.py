@@ -1,8 +1,8 @@
 """An exported graph, prepared once for a device, and specialised to the shapes of its inputs.
 
-Values are of two kinds. *Known* ones follow from constants and shapes alone; they are computed on the CPU when the graph
-is specialised, and never again. All others live on the device. So a call is a list of PyTorch functions with all of
-their shape arguments bound, and no step waits for the device.
+Values are of two kinds. *Known* ones follow from constants and shapes alone; they are computed on the CPU when the
+graph is specialised, and never again. All others live on the device. So a call is a list of PyTorch functions with all
+of their shape arguments bound, and no step waits for the device.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 import onnx
 import torch
-from graph_host.torch_ops import OPS, Op
 from onnx import numpy_helper
 from onnx.external_data_helper import uses_external_data
 from torch import Tensor
 
+from graph_host.torch_ops import OPS, Op
 from hip_trt import operator as names
 from hip_trt.onnx_file import OnnxFile, map_weights
 
@@ -140,11 +140,11 @@ class Graph:
                 self.attention.append(attention)
                 self._nodes.append(attention)
             else:
-                ordinary = _ordinary(node)
-                if all(name in self._constants for name in ordinary.inputs if name):
-                    self._constants.update(_compute(ordinary, self._constants))
+                plain = ordinary(node)
+                if all(name in self._constants for name in plain.inputs if name):
+                    self._constants.update(compute(plain, self._constants))
                 else:
-                    self._nodes.append(ordinary)
+                    self._nodes.append(plain)
         self._check_state()
 
     def _check_state(self) -> None:
@@ -199,7 +199,7 @@ class _Specialiser:
                 elif node.op_type == "Shape":
                     self._shape(node)
                 elif all(name in self.known for name in node.inputs if name):
-                    self.known.update(_compute(node, self.known))
+                    self.known.update(compute(node, self.known))
                 else:
                     self._step(node)
             except (RuntimeError, ValueError, IndexError, NotImplementedError) as error:
@@ -310,7 +310,7 @@ def _bind(node: _Node, tensors: Sequence[Tensor | None]) -> Callable[..., Any]:
     return (lambda data: function(data, *rest)) if rest else function
 
 
-def _compute(node: _Node, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def compute(node: _Node, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A node all of whose inputs are known."""
     tensors = [known[name] if name else None for name in node.inputs]
     data = [tensor for position, tensor in enumerate(tensors) if position not in node.op.known]
@@ -321,7 +321,7 @@ def _results(made: Any) -> Sequence[Tensor]:
     return [made] if isinstance(made, Tensor) else made
 
 
-def _ordinary(node: onnx.NodeProto) -> _Node:
+def ordinary(node: onnx.NodeProto) -> _Node:
     what = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
     name = node.name or what
     if node.domain or node.op_type not in OPS:

@@ -1,8 +1,8 @@
 """The ONNX operators that the exporter emits (opset 20), each in PyTorch with ONNX's semantics. Others are refused.
 
-An operator's Python function takes its ONNX inputs by position (None where an optional one is absent) and its attributes
-by their names; an attribute that is not in the signature is refused. Inputs named in ``known`` must not depend on data:
-they come as what ``tolist()`` gives, so that nothing waits for a GPU to learn a shape.
+An operator's Python function takes its ONNX inputs by position (None where an optional one is absent) and its
+attributes by their names; an attribute that is not in the signature is refused. Inputs named in ``known`` must not
+depend on data: they come as what ``tolist()`` gives, so that nothing waits for a GPU to learn a shape.
 """
 
 from __future__ import annotations
