@@ -15,13 +15,12 @@ import argparse
 import copy
 import json
 import math
-import random
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -29,8 +28,6 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hip_trt.evaluate.retrieval_language import RecallLanguage
-
-Again = Literal["end", "anywhere", "next"]
 
 _GOAL = 0.999
 """Share of recalled tokens at which a stage has done its work."""
@@ -102,23 +99,21 @@ class Examples:
 
 
 def examples(
-    language: RecallLanguage, batch: int, tokens: int, lines: int, generator: torch.Generator, *, again: Again
+    language: RecallLanguage, batch: int, tokens: int, lines: int, generator: torch.Generator, *, at_end: bool
 ) -> Examples:
     """Sequences in which each of some lines stands twice.
 
     Args:
-        again: where second occurrences stand: all at the end, in random order; anywhere; or as the next line.
+        at_end: second occurrences stand at the end, close together and in random order; else anywhere.
     """
     device, width = generator.device, language.line_tokens
     slot = width + 4
     slots = (tokens - 1) // slot
-    free = slots - lines if again == "end" else slots
-    order = torch.rand(batch, free, generator=generator, device=device).argsort(1)
-    if again == "end":
+    order = torch.rand(batch, slots - lines * at_end, generator=generator, device=device).argsort(1)
+    if at_end:
         first, second = order[:, :lines], (slots - lines + torch.arange(lines, device=device)).expand(batch, lines)
     else:
-        chosen = order[:, : 2 * lines]
-        pairs = (chosen.sort(-1).values if again == "next" else chosen).view(batch, lines, 2).sort(-1).values
+        pairs = order[:, : 2 * lines].view(batch, lines, 2).sort(-1).values
         first, second = pairs[..., 0], pairs[..., 1]
     inside = torch.arange(width, device=device)
     content = language.lines(batch, lines, generator)
@@ -156,7 +151,7 @@ def train(
         What each stage did.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    chance = random.Random(seed)
+    chance = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=device == "cuda"
     )
@@ -173,11 +168,9 @@ def train(
             scale = min(1.0, (step + 1) / 50) * (0.3 if share > 0.9 else 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = stage.rate * scale
-            again: Again = chance.choice(("end", "end", "anywhere", "next"))
-            # Few lines in some sequences, and so neighbours that are far from each other.
-            few = chance.random() < (0.5 if again == "next" else 0.25)
-            lines = max(1, round(math.exp(chance.random() * math.log(most)))) if few else most
-            batch = examples(language, stage.batch, stage.tokens, lines, generator, again=again)
+            few, at_end = (torch.rand(2, generator=chance) < torch.tensor([0.25, 0.5])).tolist()
+            lines = max(1, round(math.exp(float(torch.rand((), generator=chance)) * math.log(most)))) if few else most
+            batch = examples(language, stage.batch, stage.tokens, lines, generator, at_end=at_end)
             with _half(device):
                 loss, right = recall(model, batch)
             optimizer.zero_grad()
@@ -210,7 +203,7 @@ def test(
     whole = each = asked = 0
     while asked < trials:
         with torch.inference_mode(), _half(device):
-            _, right = recall(model, examples(language, batch, tokens, lines, generator, again="end"))
+            _, right = recall(model, examples(language, batch, tokens, lines, generator, at_end=True))
         by_line = right.view(-1, language.line_tokens - _QUESTION)
         whole, each, asked = whole + int(by_line.all(-1).sum()), each + int(by_line.sum()), asked + len(by_line)
     return whole, each, asked

@@ -25,7 +25,7 @@ Examples:
 
 docs/retrieval.md says what is measured and how to read it.
 """
-_RECALL_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
+_RECALL_LENGTHS = (8192, 16384, 32768, 65536, 131072)
 _TEXT_LENGTHS = (2048, 4096, 6144, 8192)
 
 
@@ -37,7 +37,7 @@ def register(app: typer.Typer) -> None:
 def retrieval(
     model: Model,
     lengths: Annotated[
-        str, typer.Option(metavar="TOKENS,...", show_default="powers of two up to the model's context",
+        str, typer.Option(metavar="TOKENS,...", show_default="8192 to 131072 in powers of two, or 2048 to 8192 in real texts",
                           help="Lengths of context, question and answer together."),
     ] = "",
     texts: Texts = "",
@@ -45,7 +45,7 @@ def retrieval(
     stretches: Annotated[
         str, typer.Option(metavar="TOKENS,...", help="For the recall model: over so many tokens a fact is repeated, "
                           "every 32; 1: it stands there once."),
-    ] = "1,256,1024",
+    ] = "1,64,256",
     facts: Annotated[
         int | None, typer.Option(min=1, show_default="16; in real texts 8", help="Facts in a context, over its depth.")
     ] = None,
@@ -126,7 +126,9 @@ def retrieval(
     )
 
     def report(data: dict[str, Any]) -> Any:
-        return retrieval_report.study(data, command=line, parameters=parameters, machine=measured_on)
+        return retrieval_report.study(
+            data, synthetic=language is not None, command=line, parameters=parameters, machine=measured_on
+        )
 
     data = retrieval.run(
         loaded, settings(), choices, asked=cast("retrieval.Asked", asked), time_limit=time_limit,

@@ -117,7 +117,7 @@ def ask(model: Any, probe: Probe, choice: Choice, *, asked: Asked = "prefill", a
 
     Returns:
         For each fact, how many tokens of its answer are right before the first wrong one. Right tokens are fed in
-        either case, so an answer that is right as a whole is what greedy decoding gives.
+        either case, so an answer that is right as a whole is what greedy decoding (among the candidates) gives.
     """
     from hip_trt.huggingface import patch, unpatch
 
@@ -130,7 +130,7 @@ def ask(model: Any, probe: Probe, choice: Choice, *, asked: Asked = "prefill", a
                 context, past_key_values=_cache(model, probe, choice), use_cache=True, logits_to_keep=1
             ).past_key_values
             if choice.method != "hip":
-                return [_answer_at_once(model, copy.deepcopy(cache), fact) for fact in probe.facts]
+                return [_answer_at_once(model, copy.deepcopy(cache), probe, fact) for fact in probe.facts]
             found: list[int] = []
             for first in range(0, len(probe.facts), at_once):
                 facts = probe.facts[first : first + at_once]
@@ -138,7 +138,7 @@ def ask(model: Any, probe: Probe, choice: Choice, *, asked: Asked = "prefill", a
                     torch.tensor([getattr(fact, part) for fact in facts], device=model.device)
                     for part in ("question", "answer")
                 )
-                found += _answers(model, _fork(cache, len(facts)), question, answer, asked)
+                found += _answers(model, _fork(cache, len(facts)), probe, question, answer, asked)
             return found
     finally:
         unpatch(model)
@@ -165,27 +165,31 @@ def _fork(cache: Any, number: int) -> Any:
     return fork
 
 
-def _answers(model: Any, cache: Any, question: Tensor, answer: Tensor, asked: Asked) -> list[int]:
+def _answers(
+    model: Any, cache: Any, probe: Probe, question: Tensor, answer: Tensor, asked: Asked
+) -> list[int]:
     """Leading tokens of each answer that are right, decoded. question: [N, Q], answer: [N, A]."""
-    calls = (question,) if asked == "prefill" else torch.split(question, 1, dim=1)
-    logits = None
-    for tokens in calls:
-        logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    right = []
-    for index, expected in enumerate(torch.split(answer, 1, dim=1)):
-        assert logits is not None
-        right.append(logits[:, -1].argmax(-1, keepdim=True) == expected)
-        if index + 1 < answer.shape[1]:
-            logits = model(expected, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    return _leading(torch.cat(right, dim=1))
+    calls = [question] if asked == "prefill" else [*torch.split(question, 1, dim=1)]
+    calls += torch.split(answer[:, :-1], 1, dim=1)
+    logits = [model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits for tokens in calls]
+    return _leading(_right(torch.cat(logits[-answer.shape[1] :], dim=1), answer, probe.candidates))
 
 
-def _answer_at_once(model: Any, cache: Any, fact: Fact) -> int:
+def _answer_at_once(model: Any, cache: Any, probe: Probe, fact: Fact) -> int:
     """The same for one fact, in one call: for caches in which every token chooses blocks by itself."""
     tokens = torch.tensor([[*fact.question, *fact.answer]], device=model.device)
     count = len(fact.answer)
     logits = model(tokens[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=count).logits
-    return _leading(logits.argmax(-1) == tokens[:, -count:])[0]
+    return _leading(_right(logits, tokens[:, -count:], probe.candidates))[0]
+
+
+def _right(logits: Tensor, answer: Tensor, candidates: Tensor | None) -> Tensor:
+    """Which tokens of answers are the likeliest of all candidates: [N, A] bool. logits: [N, A, V]."""
+    if candidates is None:
+        return logits.argmax(-1) == answer
+    candidates = candidates.to(logits.device)
+    best = candidates[logits[..., candidates].argmax(-1)]
+    return (best == answer) | ~torch.isin(answer, candidates)
 
 
 def _leading(right: Tensor) -> list[int]:

@@ -23,7 +23,7 @@ QUESTION_TOKENS = 2
 """Tokens of a synthetic line that are its question."""
 _REPEAT_EVERY = 32
 """Tokens from one occurrence of a synthetic line to the next, where it stands over a stretch."""
-_ASKED_WORDS, _ANSWERED_WORDS = 5, 2
+_ASKED_WORDS, _ANSWERED_WORDS = 8, 2
 _WORDS = (
     "apple", "arrow", "autumn", "basket", "bridge", "bronze", "butter", "candle", "carpet", "castle", "cherry", "cloud",
     "coffee", "copper", "cotton", "desert", "diamond", "dragon", "eagle", "engine", "feather", "fire", "flower",
@@ -60,10 +60,13 @@ class Probe:
     Attributes:
         context: [T] int64.
         facts: questions of one length, answers of one length.
+        candidates: [N] int64, token ids of which the model is to find the right one likeliest; other tokens of answers
+            (commas) are given. None: of all.
     """
 
     context: Tensor
     facts: tuple[Fact, ...]
+    candidates: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -108,10 +111,12 @@ def synthetic_probe(language: RecallLanguage, tokens: int, *, facts: int, stretc
 
 
 def text_probe(tokenizer: Any, text: Text, tokens: int, *, facts: int, seed: int) -> Probe:
-    """Facts in a real text: random words in a row. The first five are asked, the next two are the answer.
+    """Facts in a real text: random words in a row. The first eight are asked, the next two are the answer, to be
+    found likelier than all other words of the context's facts.
 
     Questions that must be understood ("the code of the harbour is") fail in small models under dense attention too, as
-    soon as several facts are alike; to go on with a list of words is what even the smallest can.
+    soon as several facts are alike; and at some thousand tokens they begin a new line rather than go on with the words.
+    Which word would come, they still know.
 
     Args:
         tokenizer: of transformers.
@@ -156,7 +161,8 @@ def text_probe(tokenizer: Any, text: Text, tokens: int, *, facts: int, seed: int
         context += [*beginning, *ending, *stop]
         used = cut
     context += filler[used:]
-    return Probe(torch.tensor(context), tuple(found))
+    candidates = sorted(_ids(tokenizer, f" {word}")[0] for word in words[: each * facts])
+    return Probe(torch.tensor(context), tuple(found), torch.tensor(candidates))
 
 
 def _stretch(tokenizer: Any, text: Text, count: int, chance: random.Random) -> list[int]:
