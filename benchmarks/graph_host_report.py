@@ -29,9 +29,17 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import onnx  # noqa: E402  (after the path of graph_host is known)
 import torch  # noqa: E402
-from graph_host import GraphExecutor, Plugin  # noqa: E402
-from graph_host.agreement import HOST, PATCHED, REFERENCE, failures, measure  # noqa: E402
-from graph_host.weights import restore_weights  # noqa: E402
+from graph_host import GraphExecutor, Plugin  # type: ignore[import-not-found]  # noqa: E402
+from graph_host.agreement import (  # type: ignore[import-not-found]  # noqa: E402
+    HOST,
+    OFFLOADED,
+    PATCHED,
+    REFERENCE,
+    failures,
+    first_difference,
+    measure,
+)
+from graph_host.weights import restore_weights  # type: ignore[import-not-found]  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from hip_trt import library  # noqa: E402
@@ -234,11 +242,21 @@ def step_table(results: Mapping[str, Any]) -> Table:
 def _findings(results: Mapping[str, Any]) -> list[str]:
     found = []
     for name, result in results.items():
-        different = [way for way, tokens in result["tokens"].items() if tokens != result["tokens"][REFERENCE]]
-        ways = ", ".join(way for way in result["tokens"] if way != REFERENCE)
+        expected = result["tokens"][REFERENCE]
+        same, others = [], []
+        for way, tokens in result["tokens"].items():
+            step = first_difference(tokens, expected)
+            if step is None:
+                same.append(way)
+                continue
+            errors = result["errors"][way.removesuffix(OFFLOADED)]
+            others.append(
+                f"{way} leaves them at step {step}, where the reference's first token leads by "
+                f"{errors['margin'][step]:.1e} and logits differ by up to {errors['max_abs'][step]:.1e}"
+            )
         found.append(
-            f"{name}: {result['count']} greedy tokens after {result['prompt_tokens']} are "
-            + (f"not all the reference's: {', '.join(different)}." if different else f"the reference's: {ways}.")
+            f"{name}: the same {result['count']} greedy tokens after {result['prompt_tokens']} by {', '.join(same)}"
+            + "".join(f"; {other}" for other in others) + "."
         )
     return found
 

@@ -119,12 +119,10 @@ def test_256_tokens_are_the_references(
     executor, model = ready(name)
     offload = Offload.create(key_cache=0.1, value_cache=0.1)
     result = measure(executor, model, prompt[:2000], 256, offload=offload)
-    found = failures(result, logits=LOGIT_ERRORS[executor.spec.dtype])
-    if name == "float16":  # rounding may turn a close choice; then errors and bits must do
-        found = [line for line in found if "token" not in line]
+    assert not failures(result, logits=LOGIT_ERRORS[executor.spec.dtype])
+    if executor.spec.dtype != "float32":  # 16-bit kernels read through the caches
         assert result["offload"]["keys"]["misses"] > 0
         assert result["offload"]["keys"]["evictions"] > 0
-    assert not found
 
 
 def test_a_ragged_batch_is_its_sequences(
