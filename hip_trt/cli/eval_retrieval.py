@@ -37,7 +37,7 @@ def register(app: typer.Typer) -> None:
 def retrieval(
     model: Model,
     lengths: Annotated[
-        str, typer.Option(metavar="TOKENS,...", show_default="8192 to 131072 in powers of two, or 2048 to 8192 in real texts",
+        str, typer.Option(metavar="TOKENS,...", show_default="8192 to 131072 by twos; in real texts 2048 to 8192",
                           help="Lengths of context, question and answer together."),
     ] = "",
     texts: Texts = "",
