@@ -95,7 +95,7 @@ def _dense_table(sections: Sequence[Mapping[str, Any]]) -> Table:
             excess = _excess(entry)
             body.append([
                 f"{section['tokens']:,}", section["scaling"], name, *(excess.get(place) for place in positions),
-                "works" if _works(entry) else "breaks",
+                "works" if works(entry) else "breaks",
             ])
     return Table(
         "Dense attention beyond the model's context", ["tokens", "RoPE scaling", "text", *positions, "verdict"], body,
@@ -112,8 +112,9 @@ def _excess(entry: Mapping[str, Any]) -> dict[str, float]:
     return {place: 100 * (value / within[place] - 1) for place, value in entry["by_position"].items()}
 
 
-def _works(entry: Mapping[str, Any]) -> bool:
-    return all(value <= BROKEN for value in _excess(entry).values())
+def works(entry: Mapping[str, Any]) -> bool:
+    """Whether the dense model reads a text of the data's "dense" well, as far as it goes beyond the model's context."""
+    return "within_context_by_position" not in entry or all(value <= BROKEN for value in _excess(entry).values())
 
 
 def findings(data: Mapping[str, Any]) -> list[str]:
@@ -219,7 +220,7 @@ def _limit(sections: Sequence[Mapping[str, Any]]) -> str:
     for section in sections:
         entries = section["dense"].values()
         worst = max(max(_excess(entry).values()) for entry in entries)
-        working = sum(_works(entry) for entry in entries)
+        working = sum(works(entry) for entry in entries)
         verdicts.append(f"{section['scaling']} {worst:+.1f}% (works on {working} of {len(entries)} texts)")
     return (f"Dense attention over {sections[0]['tokens']:,} tokens, worst stretch against the same tokens read within "
             f"the model's own context, by RoPE scaling: {'; '.join(verdicts)}. Where dense does not work, rows of HiP "

@@ -1,0 +1,242 @@
+"""Which config for which length and loss of quality, and when to stay dense: from the results of the other studies.
+
+Nothing is measured here. Quality is the worst text of eval_perplexity.json; speed is eval_break_even.json, or the
+kernel_*.json of the benchmarks; retrieval is eval_retrieval*.json. What is not there is said.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hip_trt.bench import roofline
+from hip_trt.bench.geometry import LLAMA_8B
+from hip_trt.config import HipConfig
+from hip_trt.errors import RuntimeInputError
+from hip_trt.evaluate.perplexity_report import works
+from hip_trt.evaluate.study import Study
+
+BUDGETS = (0.5, 1.0, 2.0)
+"""Percent of perplexity that may be lost on the worst text."""
+
+_ONLY_DECODE = {"decode_mask_k", "reuse_level", "refresh_interval"}
+_ONLY_PREFILL = {"mask_k", "block_q", "stride_q"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Times of one layer over the length.
+
+    Attributes:
+        mode: "prefill", "decode" or "decode, reused".
+        config: fields of HipConfig; None for dense attention.
+        times: by tokens, in one unit for a mode.
+    """
+
+    mode: str
+    config: Mapping[str, Any] | None
+    times: Mapping[int, float]
+
+
+@dataclass
+class Evidence:
+    """What was found in a folder of results.
+
+    Attributes:
+        sections: of the perplexity study, by mode rows, shortest text first; those of checks left out.
+        curves: of one sequence.
+        retrieval: data of retrieval studies.
+        sources: the files, with the machine and date of each.
+        missing: what is not there, and how to make it.
+    """
+
+    sections: list[dict[str, Any]] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    retrieval: list[dict[str, Any]] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+
+def gather(folder: str | Path) -> Evidence:
+    """Read what a folder holds.
+
+    Raises:
+        RuntimeInputError: the folder is not there, a file is damaged, or there is no perplexity study.
+    """
+    folder, found = Path(folder), Evidence()
+    if not folder.is_dir():
+        raise RuntimeInputError(f"{folder}: no such folder.", "Name the --out of the other studies.")
+    file = folder / "eval_perplexity.json"
+    if not file.is_file():
+        raise RuntimeInputError(
+            f"{file}: not there, so nothing is known of quality.", "Make it with hip-trt eval perplexity."
+        )
+    study = _study(file, found)
+    sections = [section for section in study.data["sections"] if any("worst" in row for row in section["rows"])]
+    usual = sections[0]["dtype"] if sections else None
+    found.sections = sorted((part for part in sections if part["dtype"] == usual), key=lambda part: int(part["tokens"]))
+    for name, read, how in (
+        ("eval_break_even.json", _break_even, "speed of each config: hip-trt eval break-even"),
+        ("kernel_prefill.json", _kernel, "speed in prefill beside all peers: benchmarks/kernel_prefill.py"),
+        ("kernel_decode.json", _kernel, "speed in decode beside all peers: benchmarks/kernel_decode.py"),
+    ):
+        if (folder / name).is_file():
+            found.curves += read(folder / name, found)
+        else:
+            found.missing.append(f"{name} ({how})")
+    for path in sorted(folder.glob("eval_retrieval*.json")):
+        found.retrieval.append(_study(path, found).data)
+    if not found.retrieval:
+        found.missing.append("eval_retrieval*.json (facts found in long contexts: hip-trt eval retrieval)")
+    return found
+
+
+def _study(path: Path, found: Evidence) -> Study:
+    study = Study.read(path)
+    machine = study.measured_on
+    found.sources[path.name] = f"{machine.get('gpu') or machine.get('cpu')}, {machine.get('date')}"
+    return study
+
+
+def _break_even(path: Path, found: Evidence) -> list[Curve]:
+    curves = _study(path, found).data["curves"]
+    return [_curve(one["mode"], one["config"], one["times"]) for one in curves if one["batch"] == 1]
+
+
+def _kernel(path: Path, found: Evidence) -> list[Curve]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        machine = content["environment"]
+        found.sources[path.name] = f"{machine.get('gpu')}, {machine.get('date')}"
+        modes = {"hip-trt": "prefill", "hip-trt, searched": "decode", "hip-trt, reused nodes": "decode, reused"}
+        rows = [row for row in content["rows"] if row["batch"] == 1]
+        columns = [*((name, modes[name], content["config"]) for name in content["ours"]),
+                   *((name, content["what"].split(",")[0], None) for name in content["dense"])]
+        return [
+            _curve(mode, config, {row["tokens"]: row["times"][name]["median"] for row in rows
+                                  if "median" in row["times"].get(name, {})})
+            for name, mode, config in columns
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RuntimeInputError(f"{path}: not a benchmark's JSON: {error!r}.", "Make it again.") from None
+
+
+def _curve(mode: str, config: Mapping[str, Any] | None, times: Mapping[Any, float]) -> Curve:
+    return Curve(mode, config, {int(tokens): float(time) for tokens, time in times.items()})
+
+
+def recommend(evidence: Evidence, budgets: Sequence[float] = BUDGETS) -> dict[str, Any]:
+    """One row for each mode and length that was timed, or read by the perplexity study.
+
+    Returns:
+        {"rows": [...], "budgets", "missing", "sources"}. A row has mode; tokens; speedup, of the default over the
+        fastest dense kernel, None where it was not timed; exact, whether HiP chooses everything; quality_at and
+        scaling, the length and RoPE scaling of the texts that losses are of, and whether dense_works there; retrieval,
+        the share of what dense finds that the default finds; and choices, for each budget the cheapest config, or None
+        where none that was tried keeps within it: its changes, label, loss, speedup, and work over the default's.
+    """
+    rows = []
+    for mode in ("prefill", "decode"):
+        timed = {tokens for curve in evidence.curves if curve.mode.startswith(mode) and curve.config
+                 for tokens in curve.times}
+        read = {int(section["tokens"]) for section in evidence.sections if _rows(section, mode)}
+        rows += [_row(evidence, mode, tokens, budgets) for tokens in sorted(timed | read)]
+    return {"rows": rows, "budgets": list(budgets), "missing": evidence.missing, "sources": evidence.sources}
+
+
+def _row(evidence: Evidence, mode: str, tokens: int, budgets: Sequence[float]) -> dict[str, Any]:
+    default = HipConfig.create()
+    section = _nearest([part for part in evidence.sections if _rows(part, mode)], tokens)
+    kept = default.mask_k if mode == "prefill" else default.decode_mask_k
+    return {
+        "mode": mode, "tokens": tokens, "speedup": speedup(evidence.curves, default, mode, tokens),
+        "exact": tokens <= default.sink_tokens + default.window_tokens + kept,
+        "quality_at": section and section["tokens"], "scaling": section and section["scaling"],
+        "dense_works": section is not None and all(works(entry) for entry in section["dense"].values()),
+        "retrieval": _retrieval(evidence.retrieval, tokens),
+        "choices": [_cheapest(evidence, section, mode, tokens, budget) for budget in budgets],
+    }
+
+
+def _rows(section: Mapping[str, Any], mode: str) -> list[dict[str, Any]]:
+    return [row for row in section["rows"] if row["mode"] == mode and row["method"] == "hip" and "worst" in row]
+
+
+def _nearest(sections: Sequence[dict[str, Any]], tokens: int) -> dict[str, Any] | None:
+    """The shortest section that is long enough, else the longest: quality is not taken from where less is pruned."""
+    return next((section for section in sections if section["tokens"] >= tokens), sections[-1] if sections else None)
+
+
+def _cheapest(
+    evidence: Evidence, section: Mapping[str, Any] | None, mode: str, tokens: int, budget: float
+) -> dict[str, Any] | None:
+    within = [row for row in _rows(section, mode) if row["worst"] <= budget] if section else []
+    if not within:
+        return None
+    row = min(within, key=lambda row: (work(HipConfig.create(**row["changes"]), mode, tokens), row["worst"]))
+    config = HipConfig.create(**row["changes"])
+    return {"label": row["label"], "changes": row["changes"], "loss": row["worst"], "text": row["worst_text"],
+            "speedup": speedup(evidence.curves, config, mode, tokens),
+            "work": work(config, mode, tokens) / work(HipConfig.create(), mode, tokens)}
+
+
+def work(config: HipConfig, mode: str, tokens: int) -> float:
+    """What a layer of Llama-3.1-8B's geometry has to do: operations in prefill, bytes read in a decode step (the mean
+    of an interval between searches from the top)."""
+    if mode == "prefill":
+        return roofline.prefill(LLAMA_8B, config, tokens).flops
+    searched, reused = (roofline.decode(LLAMA_8B, config, tokens, 1, reused=flag).device_bytes
+                        for flag in (False, True))
+    return (searched + (config.refresh_interval - 1) * reused) / config.refresh_interval
+
+
+def speedup(curves: Iterable[Curve], config: HipConfig, mode: str, tokens: int) -> float | None:
+    """How many times as fast as the fastest dense kernel; None where one or the other was not timed.
+
+    The first curve of a config counts. A decode step is the mean of an interval between searches from the top.
+    """
+    curves = list(curves)
+    dense = [curve.times[tokens] for curve in curves
+             if curve.config is None and curve.mode == mode and tokens in curve.times]
+
+    def own(name: str) -> float | None:
+        return next((curve.times[tokens] for curve in curves
+                     if curve.mode == name and curve.config is not None and tokens in curve.times
+                     and _same(curve.config, config, mode)), None)
+
+    time = own(mode)
+    if mode == "decode" and time is not None:
+        reused = own("decode, reused")
+        interval = config.refresh_interval
+        if reused is not None:
+            time = (time + (interval - 1) * reused) / interval
+    return None if time is None or not dense else min(dense) / time
+
+
+def _same(fields: Mapping[str, Any], config: HipConfig, mode: str) -> bool:
+    """Whether two configs compute the same in a mode."""
+    other = config.model_dump(mode="json")
+    apart = _ONLY_DECODE if mode == "prefill" else _ONLY_PREFILL | {"refresh_interval"}
+    apart = apart | {"dense_layers", "page_size"}
+    return not config.dense_layers and all(fields[name] == other[name] for name in other if name not in apart)
+
+
+def _retrieval(studies: Sequence[Mapping[str, Any]], tokens: int) -> float | None:
+    """The least share, over kinds of contexts, of what dense finds that the default finds at a length; None where it
+    was not tried, or dense itself fails."""
+    from hip_trt.evaluate.retrieval_report import PASSED, counts, of_dense
+
+    shares = []
+    for data in studies:
+        rows = {(row["kind"], row["config"]): row for row in data["rows"] if row["tokens"] == tokens and "right" in row}
+        for (kind, config), row in rows.items():
+            dense = rows.get((kind, "dense"))
+            if config == "default" and dense is not None:
+                right, asked = counts(data, dense)
+                found, of = of_dense(data, row)
+                if asked and right / asked >= PASSED and of:
+                    shares.append(found / of)
+    return min(shares, default=None)
