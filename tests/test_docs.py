@@ -22,6 +22,7 @@ NOT_RUN = {
     "pip install": "changes the environment of the tests",
     "pytest": "is a part of this suite",
     "hip-trt run engine.plan -f book.txt --offload": "executes an engine: needs a GPU (test_run_cli.py, tests/gpu)",
+    "hip-trt eval perplexity ./SmolLM2-135M-Instruct --device cuda": "needs a GPU; the next one runs it on the CPU",
     "hip-trt eval recall ./SmolLM2-135M-Instruct --device cuda": "needs a GPU; the next one runs it on the CPU",
     "hip-trt eval locality ./SmolLM2-135M-Instruct --device cuda": "needs a GPU; the next one runs it on the CPU",
     "hip-trt eval break-even": "needs a GPU (test_eval_attention.py)",
