@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wrong += [f"{folder.name}: {line}" for line in found]
         report = _report(results, options, text, machine.describe(device, path))
         files = report.write(options.out, {"": partial(plot, results)})
-    print("\n\n".join(["", *(table.markdown() for table in report.tables[:2]), *wrong, *map(str, files)]))
+    print("\n\n".join(["", *(table.markdown() for table in report.tables[:-1]), *wrong, *map(str, files)]))
     return 1 if wrong else 0
 
 
@@ -157,7 +157,10 @@ def _report(results: Mapping[str, Any], options: argparse.Namespace, text: texts
             "steps": options.steps, "cache share": options.cache_share,
         },
         measured_on=where, data=dict(results),
-        tables=[agreement_table(results), offload_table(results), step_table(results)], findings=_findings(results),
+        tables=[
+            table for table in (agreement_table(results), offload_table(results), step_table(results)) if table.rows
+        ],
+        findings=_findings(results),
         notes=[
             "The graph host executes the .onnx file node by node, HipAttention nodes through the plugin's enqueue "
             "(tests/graph_host); TensorRT's own kernels and optimizer take no part.",
@@ -170,23 +173,23 @@ def _report(results: Mapping[str, Any], options: argparse.Namespace, text: texts
 
 
 def agreement_table(results: Mapping[str, Any]) -> Table:
-    """A row for each model and way."""
+    """A row for each model and way, and one for the graph host beside the patched model."""
     rows: list[Sequence[Cell]] = []
     for name, result in results.items():
-        expected, hip = result["tokens"][REFERENCE], result["hip"]
-        for way, tokens in result["tokens"].items():
-            errors = result["errors"].get(way)
-            same = sum(a == b for a, b in zip(tokens, expected, strict=True))
+        tokens, errors, hip = result["tokens"], result["errors"], result["hip"]
+        count, model = result["count"], [name, hip["reuse_level"], hip["refresh_interval"]]
+        ways = [(way, tokens[way], tokens[REFERENCE], errors.get(way)) for way in tokens]
+        ways.insert(3, (f"{HOST} against {PATCHED}", tokens[HOST], tokens[PATCHED], result["between"]))
+        for way, found, expected, error in ways:
+            same = sum(a == b for a, b in zip(found, expected, strict=True))
             numbers: list[Cell] = [None] * 5
-            if errors:
+            if error:
                 numbers = [
-                    median(errors["max_abs"]), max(errors["max_abs"]), max(errors["max_rel"]), max(errors["kl"]),
-                    f"{sum(errors['same_argmax']):.0f} of {result['count']}",
+                    median(error["max_abs"]), max(error["max_abs"]), max(error["max_rel"]), max(error["kl"]),
+                    f"{sum(error['same_argmax']):.0f} of {count}",
                 ]
-            rows.append([
-                name, hip["reuse_level"], hip["refresh_interval"], way, f"{same} of {result['count']}", *numbers,
-                min(result["errors"][HOST]["margin"]) if way == REFERENCE else None,
-            ])
+            margin = min(errors[HOST]["margin"]) if way == REFERENCE else None
+            rows.append([*model, way, f"{same} of {count}", *numbers, margin])
     return Table(
         "Against the reference",
         ["model", "reuse level", "refresh interval", "way", "same greedy tokens", "median max abs", "worst max abs",
