@@ -44,7 +44,7 @@ def retrieval(
     files: Files = None,
     stretches: Annotated[
         str, typer.Option(metavar="TOKENS,...", help="For the recall model: over so many tokens a fact is repeated, "
-                          "every 32; 1: it stands there once."),
+                          "every 16; 1: it stands there once."),
     ] = "1,64,256",
     facts: Annotated[
         int | None, typer.Option(min=1, show_default="16; in real texts 8", help="Facts in a context, over its depth.")

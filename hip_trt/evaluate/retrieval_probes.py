@@ -21,8 +21,9 @@ from hip_trt.evaluate.texts import Text
 
 QUESTION_TOKENS = 2
 """Tokens of a synthetic line that are its question."""
-_REPEAT_EVERY = 32
-"""Tokens from one occurrence of a synthetic line to the next, where it stands over a stretch."""
+_REPEAT_EVERY = 16
+"""Tokens from one occurrence of a synthetic line to the next, where it stands over a stretch: each key block of 16 then
+holds each of its tokens."""
 _ASKED_WORDS, _ANSWERED_WORDS = 8, 2
 _WORDS = (
     "apple", "arrow", "autumn", "basket", "bridge", "bronze", "butter", "candle", "carpet", "castle", "cherry", "cloud",
@@ -81,7 +82,7 @@ def synthetic_probe(language: RecallLanguage, tokens: int, *, facts: int, stretc
         language: the model's.
         tokens: of the context with question and answer.
         facts: one in each of so many equal parts of the context, somewhere in its middle half.
-        stretch: tokens over which a fact is repeated, every 32 tokens; at most 32: it stands there once.
+        stretch: tokens over which a fact is repeated, every 16 tokens; less than 32: it stands there once.
         seed: of everything that is random.
 
     Raises:
