@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +40,27 @@ def load_model(path: str | Path, *, device: str = "cpu", dtype: torch.dtype = to
     if path.is_file():
         where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "local_files_only": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
     except Exception as error:  # transformers raises many kinds over damaged or missing files
         raise CheckpointError(
             f"{path}: transformers cannot load it: {' '.join(str(error).split())[:300]}.",
             "Give a whole checkpoint of a causal language model, with its tokenizer.",
         ) from None
     return model.to(device).eval(), tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def encode(tokenizer: Any, content: str, count: int, name: str, *, least: int | None = None) -> list[int]:
