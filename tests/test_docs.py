@@ -25,6 +25,8 @@ NOT_RUN = {
     "hip-trt eval perplexity ./SmolLM2-135M-Instruct --device cuda": "needs a GPU; the next one runs it on the CPU",
     "hip-trt eval recall ./SmolLM2-135M-Instruct --device cuda": "needs a GPU; the next one runs it on the CPU",
     "hip-trt eval locality ./SmolLM2-135M-Instruct --device cuda": "needs a GPU; the next one runs it on the CPU",
+    "hip-trt eval retrieval": "needs a GPU or minutes, and weights that recall (test_eval_retrieval.py)",
+    "python benchmarks/recall_model/train.py": "needs a GPU (test_eval_retrieval.py trains for some steps)",
     "hip-trt eval break-even": "needs a GPU (test_eval_attention.py)",
     "hip-trt verify build/engine.plan --against onnxruntime": "executes an engine: needs a GPU (test_verify.py)",
 }
