@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,8 @@ from typer.testing import CliRunner
 
 pytest.importorskip("polygraphy")
 
+from polygraphy.comparator import IterationResult
+
 from hip_trt import operator as names
 from hip_trt.cli.app import app
 from hip_trt.errors import EnvironmentProblem, HipTrtError
@@ -27,8 +33,9 @@ from hip_trt.runtime.onnxruntime import OrtExecutor
 from hip_trt.sidecar import FileRecord
 from hip_trt.spec import METADATA_KEY, ModelSpec
 from hip_trt.verify import Report, verify
+from hip_trt.verify.compare import Tolerances, ValuesCompareFunc
 from hip_trt.verify.comparison import explain
-from hip_trt.verify.inputs import Case, plan_cases
+from hip_trt.verify.inputs import Call, Case, plan_cases
 from hip_trt.verify.sessions import make_session
 
 INV_FREQ = "model.rotary_emb.inv_freq"
@@ -121,6 +128,23 @@ def test_a_float16_export_agrees_within_its_rounding(tmp_path: Path) -> None:
     report = verify(path, against="pytorch", checkpoint=tmp_path / "checkpoint", steps=1)
     assert report.agrees
     assert max(record.max_abs for case in report.cases for record in case.outputs) > 1e-4  # there is some to forgive
+
+
+def test_more_is_allowed_late_after_a_random_cache() -> None:
+    tolerances = Tolerances(atol=0.0, rtol=0.05, agreement=1.0, random_rtol=0.4)
+    relative = partial(tolerances.relative, layers=10)
+    assert [relative(layer, random_cache=False) for layer in (0, 9, None)] == [0.05] * 3
+    assert [relative(layer, random_cache=True) for layer in (0, 4, 9, None)] == pytest.approx([0.05, 0.2, 0.4, 0.4])
+    assert replace(tolerances, random_rtol=0.01).relative(9, 10, random_cache=True) == 0.05
+
+
+def test_values_are_judged_by_the_case_that_they_belong_to() -> None:
+    """An error of 0.1 in layer 1 of 2: beyond a prompt's tolerance, within that after a random cache."""
+    calls = [Call("prompt", "prefill 5", (0,), (5,), False, False), Call("long", "prefill 5", (9,), (5,), False, True)]
+    script = SimpleNamespace(calls=calls)
+    compare = ValuesCompareFunc(Tolerances(0.0, 0.05, 1.0, 0.4), 2, script)  # type: ignore[arg-type]
+    outputs = [IterationResult(OrderedDict({"key.1": np.array([1.0, value])})) for value in (0.5, 0.6)]
+    assert [bool(compare(*outputs)["key.1"]) for _ in calls] == [False, True]
 
 
 @pytest.mark.parametrize("weight", [V_PROJ, "model.layers.1.mlp.down_proj.weight_transposed"])

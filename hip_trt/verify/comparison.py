@@ -72,6 +72,7 @@ def verify(
         thorough: more prompt lengths, and long prompts.
         prompts: token ids to continue in place of random ones.
         atol, rtol, agreement: see :class:`~hip_trt.verify.compare.Tolerances`; by default as the model's type allows.
+            A given rtol counts for all layers and cases.
         require_engine: refuse to compare a plan that cannot run here.
         progress: shows what is being done.
 
@@ -86,10 +87,8 @@ def verify(
     subject = _open(path, require_engine=require_engine, notes=notes, progress=progress)
     other, words, checks = _other(subject, against, checkpoint, baseline, progress)
     spec = subject.spec
-    default = DEFAULTS[spec.dtype]
-    tolerances = replace(default, **{
-        name: value for name, value in (("atol", atol), ("rtol", rtol), ("agreement", agreement)) if value is not None
-    })
+    given = {"atol": atol, "rtol": rtol, "agreement": agreement, "random_rtol": rtol}
+    tolerances = replace(DEFAULTS[spec.dtype], **{name: value for name, value in given.items() if value is not None})
     context = max_tokens or searching_context(spec)
     cases = plan_cases(
         spec, steps=steps, max_tokens=min(context, subject.max_tokens or context), thorough=thorough,
@@ -106,8 +105,8 @@ def verify(
         notes.append("no context was long enough for a search, or the runner does not show the blocks that it chose")
     return Report(
         model=str(path), against=against, runner=subject.words, other=words, dtype=spec.dtype, atol=tolerances.atol,
-        rtol=tolerances.rtol, agreement=tolerances.agreement, state=_STATE, checks=(*subject.checks, *checks),
-        cases=records, notes=tuple(notes), seconds=time.perf_counter() - start,
+        rtol=tolerances.rtol, random_rtol=tolerances.random_rtol, agreement=tolerances.agreement, state=_STATE,
+        checks=(*subject.checks, *checks), cases=records, notes=tuple(notes), seconds=time.perf_counter() - start,
     )
 
 
@@ -238,7 +237,9 @@ def _compare(model: Any, other: Any, script: Script, tolerances: Tolerances) -> 
             stream = Comparator.run([model, other], data_loader=script, streaming=True)
             normalized = Comparator.postprocess(watched(stream), Normalize(script.spec, script))
             results = Comparator.compare_accuracy(
-                normalized, compare_func=[ValuesCompareFunc(tolerances), ChoicesCompareFunc(tolerances)]
+                normalized, compare_func=[
+                    ValuesCompareFunc(tolerances, script.spec.num_layers, script), ChoicesCompareFunc(tolerances),
+                ]
             )
         except PolygraphyException as error:
             raise EngineError(f"{model.name} against {other.name}: {' '.join(str(error).split())[:300]}.") from None

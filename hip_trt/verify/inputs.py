@@ -48,6 +48,7 @@ class Call:
         label: such as "prefill 5" or "decode, reused".
         past, new: tokens of each sequence before and in this call.
         decode: whether it is a single-token call.
+        random_cache: whether the case began with random keys and values.
     """
 
     case: str
@@ -55,6 +56,7 @@ class Call:
     past: tuple[int, ...]
     new: tuple[int, ...]
     decode: bool
+    random_cache: bool
 
 
 def searching_context(spec: ModelSpec) -> int:
@@ -163,7 +165,9 @@ class Script:
             label = f"prefill {'/'.join(str(len(row)) for row in rows)}"
             if step:
                 label = f"decode {step}, {'searched' if refresh else 'reused'}"
-            self.calls.append(Call(case.name, label, tuple(lengths.tolist()), tuple(counts.tolist()), width == 1))
+            self.calls.append(Call(
+                case.name, label, tuple(lengths.tolist()), tuple(counts.tolist()), width == 1, any(case.past)
+            ))
             self._announce(self.calls[-1])
             yield self.feed
             lengths = lengths + counts
