@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"[{time.monotonic() - start:6.1f} s] {line}", flush=True)
 
     path = options.library or library.plugin_path()
-    plugin = Plugin(options.session, path)
+    plugin = Plugin(options.session, path, options.tensorrt)
     # The patched model, and the caches of a KV cache in host memory, belong to the library that they are called by.
     library.plugin_path = lambda: path
     loaded = AutoModelForCausalLM.from_pretrained(
@@ -155,6 +155,7 @@ def _report(results: Mapping[str, Any], options: argparse.Namespace, text: texts
         command=command, parameters={
             "sample": options.sample.name, "prompt": f"{options.prompt} tokens of {text.source} ({text.sha256})",
             "steps": options.steps, "cache share": options.cache_share,
+            "plugin loaded by": options.tensorrt.name if options.tensorrt else "the graph host itself",
         },
         measured_on=where, data=dict(results),
         tables=[
@@ -290,6 +291,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="the library of plugins/tests/plugin_session.cpp")
     parser.add_argument("--library", type=Path, default=os.environ.get("HIP_TRT_LIBRARY"),
                         help="the plugin library, in place of the installed one")
+    parser.add_argument("--tensorrt", type=Path, help="TensorRT library whose plugin registry loads the plugin")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where results go")
     parser.add_argument("--device", default="cuda:0", help="cpu: with a plugin of emulated kernels, to try the program")
     parser.add_argument("--prompt", type=int, default=2000, help="tokens of the prompt")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,14 @@ from graph_host.weights import restore_weights
 from offload_host import emulate, nothing_left
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from plugin_host import build_emulated, build_session, find_host, tensorrt_headers
+from plugin_host import (
+    build_emulated,
+    build_session,
+    find_host,
+    tensorrt_headers,
+    tensorrt_libraries,
+    tensorrt_name,
+)
 from tiny_export import save_tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -332,6 +341,35 @@ def test_weights_are_restored(exported: Callable[[str], Path], tmp_path: Path) -
             restore_weights(alone, wrong)
         restore_weights(alone, parameters)
         assert (folder / data.name).read_bytes() == data.read_bytes()
+
+
+@pytest.mark.parametrize("tensorrt", tensorrt_libraries()[1:], ids=tensorrt_name)
+def test_loaded_by_a_real_registry(plugin: Plugin, exported: Callable[[str], Path], tensorrt: Path) -> None:
+    """In a process of its own, as each loads the library once."""
+    program = """
+import gc, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+from graph_host import GraphExecutor, Plugin
+from hip_trt.runtime import Generator
+plugin = Plugin(Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))
+executor = GraphExecutor(sys.argv[5], plugin, device=torch.device("cpu"))
+print(list(Generator(executor, max_seq_len=64).generate([[5, 6, 7]], max_new_tokens=9, do_sample=False)[0].tokens))
+del executor
+gc.collect()
+plugin.close()
+"""
+    path = exported("float32")
+    arguments = [Path(__file__).parent, plugin.session, plugin.library, tensorrt, path]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    expected = Generator(OrtExecutor(path, threads=1), max_seq_len=64).generate(
+        [[5, 6, 7]], max_new_tokens=9, do_sample=False
+    )
+    assert done.stdout.splitlines()[-1] == str(list(expected[0].tokens))
 
 
 # Operators, against onnx's own interpreter

@@ -196,7 +196,9 @@ PluginSession* pluginSessionOpen(char const* library, char const* tensorrt)
         report(false, __FILE__, __LINE__, gOpen->logger.take());
         delete gOpen;
         gOpen = nullptr;
+        return nullptr;
     }
+    takeErrors(); // which TensorRT it was
     return session;
 }
 

@@ -96,7 +96,7 @@ class Plugin:
             function = getattr(functions, name)
             function.restype, function.argtypes = result, arguments
         self.functions = functions
-        self.library = library
+        self.session, self.library = session, library
         handle = functions.pluginSessionOpen(str(library).encode(), str(tensorrt).encode() if tensorrt else None)
         self.handle = self.check(handle, f"load {library}")
         self._close = weakref.finalize(self, functions.pluginSessionClose, handle)
