@@ -291,8 +291,13 @@ def test_recall_command(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     for entries in data.values():
         for entry in entries:
             for method in METHODS:
-                for shares in entry["shares"][method].values():
-                    assert all(0 <= value <= 1 + 1e-5 for layer in shares for value in layer)
+                for share, mean in entry["means"][method].items():
+                    assert 0 < mean <= 1
+                    heads = entry["heads"].get(method, {}).get(share)
+                    assert (heads is not None) is (entry["name"] == "base" or (method, share) == ("hip", "outside"))
+                    if heads is not None:
+                        values = [value for layer in heads for value in layer]
+                        assert sum(values) / len(values) == pytest.approx(mean, abs=1e-4)
     page = (out / "eval_recall.md").read_text()
     assert "exact token top-k" in page
     assert "tale" in page

@@ -199,7 +199,11 @@ def spread(first: int, last: int, count: int) -> list[int]:
 
 
 def _summary(variation: Variation, mode: str, tally: _Tally) -> dict[str, Any]:
-    """Of one variation: shares by method, pooled over texts for each layer and head, and each text's mean."""
+    """Of one variation: mean shares by method, of all texts and of each; and by layer and head what is looked at so.
+
+    Texts are pooled. The base config, which has the name "base", shows every share of every method by head, others only
+    what HiP holds outside sink and window.
+    """
     texts = list(dict.fromkeys(text for text, _ in tally.layers))
     layers = sorted({layer for _, layer in tally.layers})
     pooled: list[Masses] = []
@@ -209,20 +213,28 @@ def _summary(variation: Variation, mode: str, tally: _Tally) -> dict[str, Any]:
         for other in others:
             total.add(other)
         pooled.append(total)
+    shares = {method: {share: torch.stack([_share(masses, method, share) for masses in pooled]) for share in SHARES}
+              for method in pooled[0].held}
     return {
         "name": variation.name, "config": variation.config.model_dump(mode="json"), "age": variation.age,
         "tokens": variation.budget(mode) * variation.config.block_k, "rows": pooled[0].rows,
-        "weight_outside": [(masses.outside / masses.rows).tolist() for masses in pooled],
-        "shares": {
-            method: {share: [_share(masses, method, share).tolist() for masses in pooled] for share in SHARES}
-            for method in pooled[0].held
+        "weight_outside": [(masses.outside / masses.rows).round(decimals=4).tolist() for masses in pooled],
+        "means": {
+            method: {share: round(float(values.mean()), 5) for share, values in by_share.items()}
+            for method, by_share in shares.items()
+        },
+        "heads": {
+            method: {share: values.tolist() for share, values in by_share.items()}
+            for method, by_share in (
+                shares.items() if variation.name == "base" else [("hip", {"outside": shares["hip"]["outside"]})]
+            )
         },
         "texts": {
             text: {
                 method: {
-                    share: float(torch.stack([
+                    share: round(float(torch.stack([
                         _share(tally.layers[text, layer], method, share) for layer in layers
-                    ]).mean()) for share in SHARES
+                    ]).mean()), 5) for share in SHARES
                 } for method in pooled[0].held
             } for text in texts
         },
@@ -232,8 +244,8 @@ def _summary(variation: Variation, mode: str, tally: _Tally) -> dict[str, Any]:
 def _share(masses: Masses, method: str, share: str) -> Tensor:
     """[Hq]; 1 where there is no weight to hold."""
     if share == "all":
-        return (masses.always + masses.held[method]) / masses.rows
+        return ((masses.always + masses.held[method]) / masses.rows).round(decimals=4)
     above, below = (
         (masses.held[method], masses.outside) if share == "outside" else (masses.shared[method], masses.top)
     )
-    return torch.where(below > 0, above / below.clamp(min=1e-300), 1.0).round(decimals=5)
+    return torch.where(below > 0, above / below.clamp(min=1e-300), 1.0).round(decimals=4)

@@ -47,7 +47,8 @@ def plots(data: Mapping[str, Any]) -> dict[str, Plot]:
 
 def mean(entry: Mapping[str, Any], method: str, share: str = "outside") -> float:
     """Over layers and heads."""
-    return fmean(_heads(entry, method, share))
+    value: float = entry["means"][method][share]
+    return value
 
 
 def findings(data: Mapping[str, Any]) -> list[str]:
@@ -90,7 +91,7 @@ def _points(difference: float, sign: str = "") -> str:
 
 
 def _heads(entry: Mapping[str, Any], method: str, share: str) -> list[float]:
-    return [value for layer in entry["shares"][method][share] for value in layer]
+    return [value for layer in entry["heads"][method][share] for value in layer]
 
 
 def _low(values: Sequence[float]) -> float:
@@ -165,7 +166,7 @@ def _draw_heads(figure: Any, data: Mapping[str, Any]) -> None:
     figure.set_size_inches(11, 4 + 0.11 * len(next(iter(data.values()))[0]["weight_outside"]) * len(data))
     grid = figure.subplots(len(data), 3, squeeze=False)
     for row, (mode, (base, *_)) in zip(grid, data.items(), strict=True):
-        hip, tokens = (base["shares"][method]["outside"] for method in ("hip", "tokens"))
+        hip, tokens = (base["heads"][method]["outside"] for method in ("hip", "tokens"))
         missed = [[best - ours for best, ours in zip(*layers, strict=True)] for layers in zip(tokens, hip, strict=True)]
         for axes, title, values, colors, limits in (
             (row[0], f"{mode}: weight outside sink and window", base["weight_outside"], "viridis", (0, None)),
