@@ -103,9 +103,9 @@ def test_counts_are_of_blocks(library: Library) -> None:
         caches.forget()
         conversation.decode(1)
         assert caches.counts() == (CacheCounts(blocks, 2 * blocks, 2 * blocks, 0),) * 2
-        hints = 2 * 4 * keys.nbytes // caches.block_bytes
+        slots = 2 * 4 * keys.nbytes // caches.block_bytes
         in_caches = (caches.key_blocks + caches.value_blocks) * (16 * HEAD_DIM * 2 + 8 + 4)
-        assert caches.nbytes == in_caches + hints + 72 + 2 * 8
+        assert caches.nbytes == in_caches + slots + 80 + 2 * 4
 
 
 def test_least_recently_used_blocks_are_replaced(library: Library) -> None:

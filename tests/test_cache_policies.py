@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hip_trt.config import HipConfig
 from hip_trt.errors import RuntimeInputError
-from hip_trt.evaluate.cache_policy import BYPASSED, GRACE, HIT, PLACED, POLICIES, REPLACED, sets_of, simulate
+from hip_trt.evaluate.cache_policy import BYPASSED, HIT, PLACED, POLICIES, REPLACED, sets_of, simulate
 from hip_trt.evaluate.cache_trace import Accesses, LayerStates, Trace, replay
 from hip_trt.offload import BlockCaches, CacheCounts
 from hip_trt.offload.block_caches import WAYS
@@ -115,15 +115,13 @@ def test_every_policy_keeps_what_fits() -> None:
         assert simulation.evictions.sum() == 0
 
 
-def test_shipped_replaces_nothing_that_may_be_in_use() -> None:
-    """One set: a block placed after step 0 makes room GRACE + 2 steps later, unless a hit was written down meanwhile."""
-    full, held, free = list(range(32)), GRACE + 1, GRACE + 2
-    for step, expected in ((held, B), (free, R)):
-        assert met("shipped", [*full, 99], 32, [0] * 32 + [step])[-1] == expected
-    renewed = [*full, *full, 99]
-    assert met("shipped", renewed, 32, [0] * 32 + [held] * 32 + [free])[-1] == R
-    assert met("shipped", renewed, 32, [0] * 32 + [free] * 32 + [free + 1])[-1] == B
-    assert met("shipped", renewed, 32, [0] * 32 + [free] * 32 + [free + 2])[-1] == R
+def test_shipped_replaces_nothing_that_the_step_used() -> None:
+    """One set of 32 slots, all of them in use or not."""
+    full = list(range(32))
+    assert met("shipped", [*full, 99], 32, [0] * 33)[-1] == B
+    assert met("shipped", [*full, *full, 99], 32, [0] * 32 + [1] * 33)[-1] == B
+    assert met("shipped", [*full, *full[1:], 99], 32, [0] * 32 + [1] * 32)[-1] == R
+    assert met("shipped", [*full, *full[1:], 99, 0], 32, [0] * 32 + [1] * 32 + [2])[-1] == R
 
 
 def test_shipped_starts_at_the_slot_of_the_block_among_equals() -> None:
@@ -196,6 +194,7 @@ def test_shipped_counts_what_the_kernels_count(size: int, tolerance: float, chan
         simulated = simulate("shipped", accesses, blocks).counts()
         assert simulated.lookups == counted.lookups
         assert abs(simulated.hits - counted.hits) <= tolerance * counted.lookups
-    for _, owners, hints, _ in caches._memory:
-        for block in hints.nonzero().flatten().tolist():
-            assert (int(hints[block]) - 1) // WAYS in sets_of(block, len(owners) // WAYS)
+    for _, owners, slots, _ in caches._memory:
+        for block in slots.nonzero().flatten().tolist():
+            assert (int(slots[block]) - 1) // WAYS in sets_of(block, len(owners) // WAYS)
+            assert int(owners[slots[block] - 1]) >> 32 == block + 1

@@ -23,9 +23,6 @@ from hip_trt.offload.block_caches import WAYS, CacheCounts
 HIT, PLACED, REPLACED, BYPASSED = range(4)
 """What a look-up met: a block in the cache; a miss placed in an empty slot, in another block's slot, or not at all."""
 
-GRACE = 1
-"""kGrace of plugins/cuda/block_cache.cuh: steps during which the shipped cache does not write a use down again."""
-
 _FACTORS = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F  # of the hashes, one for each set that a block may be in
 _EMPTY = -(1 << 40)  # step of last use of a slot that was never used
 
@@ -214,11 +211,11 @@ def sets_of(block: int, sets: int) -> tuple[int, ...]:
 
 
 def shipped(blocks: list[int], steps: list[int], size: int, seed: int) -> bytearray:
-    """The cache of plugins/cuda/block_cache.cuh, with look-ups one after the other, filled after each step.
+    """The cache of plugins/cuda/block_cache_fill.cuh, with blocks placed one after the other, after each step.
 
     Hashes of a block name the sets of WAYS slots that it may be in. Of those slots the least recently used one is
-    replaced, unless its last use may have been in the step before: then the block is not placed. Among equals it is the
-    first way from the one that the block names, in the first set.
+    replaced, unless the step has used it: then the block is not placed. Among equals it is the first way from the one that
+    the block names, in the first set.
     """
     met = bytearray(len(blocks))
     sets = size // WAYS
@@ -226,11 +223,11 @@ def shipped(blocks: list[int], steps: list[int], size: int, seed: int) -> bytear
     held = [-1] * (sets * WAYS)
     last_use = [_EMPTY] * (sets * WAYS)
 
-    def place(block: int, now: int) -> int:
+    def place(block: int, step: int) -> int:
         firsts = [number * WAYS for number in sets_of(block, sets)]
         uses = [last_use[first : first + WAYS] for first in firsts]
         oldest = min(map(min, uses))
-        if now - oldest <= GRACE + 1:
+        if oldest == step:
             return BYPASSED
         turn = block % WAYS
         later, choice = min(
@@ -239,7 +236,7 @@ def shipped(blocks: list[int], steps: list[int], size: int, seed: int) -> bytear
         slot = firsts[choice] + (later + turn) % WAYS
         if oldest != _EMPTY:
             del slots[held[slot]]
-        held[slot], last_use[slot], slots[block] = block, now, slot
+        held[slot], last_use[slot], slots[block] = block, step, slot
         return PLACED if oldest == _EMPTY else REPLACED
 
     missed: list[int] = []  # look-ups of this step
@@ -248,11 +245,11 @@ def shipped(blocks: list[int], steps: list[int], size: int, seed: int) -> bytear
         slot = slots.get(block)
         if slot is None:
             missed.append(i)
-        elif step - last_use[slot] > GRACE:
+        else:
             last_use[slot] = step
         if i + 1 == len(blocks) or steps[i + 1] != step:
             for first in missed:
-                met[first] = BYPASSED if blocks[first] in slots else place(blocks[first], step + 1)
+                met[first] = BYPASSED if blocks[first] in slots else place(blocks[first], step)
             missed.clear()
     return met
 

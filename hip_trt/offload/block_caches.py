@@ -16,15 +16,18 @@ from hip_trt.library import Library
 WAYS = 32
 """HIP_TRT_CACHE_WAYS: blocks among which the least recently used one is replaced."""
 
-_MISSED_HEADER = 2
+_MISSED_HEADER = 1
 """HIP_TRT_CACHE_MISSED_HEADER: numbers before the list of missed blocks."""
+
+_EVENTS_AT = 2
+"""HIP_TRT_OFFLOAD_EVENTS_AT: numbers before the events in a layer's counters."""
 
 
 class _BlockCacheStruct(ctypes.Structure):
     """HipTrtBlockCache."""
 
-    _fields_ = [("rows", ctypes.c_void_p), ("owners", ctypes.c_void_p), ("hints", ctypes.c_void_p),
-                ("missed", ctypes.c_void_p), ("blocks", ctypes.c_int32)]
+    _fields_ = [("rows", ctypes.c_void_p), ("owners", ctypes.c_void_p), ("slots", ctypes.c_void_p),
+                ("missed", ctypes.c_void_p), ("blocks", ctypes.c_int32), ("pool_blocks", ctypes.c_int32)]
 
 
 class _OffloadStruct(ctypes.Structure):
@@ -157,20 +160,21 @@ class BlockCaches:
         self.key_pool, self.value_pool = key_pool, value_pool
         self.staging: Staging | None = None
         self._library, self._lane, self._last_layer = library, lane, last_layer
-        self._counters = torch.zeros(1 + 2 * len(fields(CacheCounts)), dtype=torch.int64, device=device)
+        self._counters = torch.zeros(_EVENTS_AT + 2 * len(fields(CacheCounts)), dtype=torch.int64, device=device)
         self._memory = [
             self._allocate(min(blocks, -(-in_pool // WAYS) * WAYS), in_pool, device)
             for blocks in (key_blocks, value_blocks)
         ]
         keys, values = (
-            _BlockCacheStruct(*(tensor.data_ptr() if len(tensors[1]) else None for tensor in tensors), len(tensors[1]))
+            _BlockCacheStruct(*(tensor.data_ptr() if len(tensors[1]) else None for tensor in tensors), len(tensors[1]),
+                              in_pool)
             for tensors in self._memory
         )
         self._caches = keys, values
         self.set_staging(staging)
 
     def _allocate(self, blocks: int, in_pool: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows, owners, hints and missed blocks."""
+        """Rows, owners, slots by block, and missed blocks."""
         blocks -= blocks % WAYS
         return (torch.empty(blocks, self.block_bytes, dtype=torch.uint8, device=device),
                 torch.zeros(blocks, dtype=torch.int64, device=device),
@@ -192,7 +196,7 @@ class BlockCaches:
 
     def counts(self) -> tuple[CacheCounts, CacheCounts]:
         """Of keys and of values, since the caches were made; waits for the GPU."""
-        numbers = [int(number) for number in self._counters[1:].tolist()]
+        numbers = [int(number) for number in self._counters[_EVENTS_AT:].tolist()]
         half = len(numbers) // 2
         return CacheCounts(*numbers[:half]), CacheCounts(*numbers[half:])
 

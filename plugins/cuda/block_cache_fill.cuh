@@ -1,4 +1,7 @@
 // Between steps: blocks that were missing are placed in a cache, the least recently used ones replaced.
+//
+// A block may be put into any slot of kChoices sets of kWays, which hashes of it name: few enough to look at all, and enough
+// that the oldest of them is old. With one set, those that happen to be in demand would be full long before the cache is.
 #pragma once
 
 #include "block_cache.cuh"
@@ -8,35 +11,50 @@
 namespace hip_trt
 {
 
-// Take the least recently used slot for a block that no slot has. Returns it, marked incomplete; -1 if all are in use, or
-// if the block is there or on its way. All lanes of a warp together.
+constexpr int kWays = HIP_TRT_CACHE_WAYS;
+static_assert(kWays == kWarpSize, "a lane looks at a way of each set");
+
+constexpr int kChoices = 4; // sets
+
+constexpr int kClaimed = -1; // a block's entry in the table while a warp places it
+
+// The slot of this lane in one of the sets of a block.
+__device__ __forceinline__ int slotOf(const BlockCache& cache, uint32_t block, int choice)
+{
+    constexpr uint32_t kFactors[kChoices] = {0x9e3779b1, 0x85ebca77, 0xc2b2ae3d, 0x27d4eb2f};
+    const uint32_t sets = static_cast<uint32_t>(cache.blocks) / kWays;
+    return static_cast<int>(__umulhi(block * kFactors[choice], sets)) * kWays + threadIdx.x % kWarpSize;
+}
+
+// Take the least recently used slot for a block. Returns it, or -1 if all that it may be in are in use by this step. All lanes
+// of a warp together.
 __device__ __forceinline__ int replaceOldest(BlockCache& cache, uint32_t block)
 {
-    Owner owner[kChoices];
+    Word* const owners = reinterpret_cast<Word*>(cache.owners);
+    Word owner[kChoices];
 #pragma unroll
     for (int choice = 0; choice < kChoices; ++choice)
     {
-        owner[choice] = loadCurrent(cache.owners + cache.slotOf(block, choice));
+        owner[choice] = loadCurrent(owners + slotOf(cache, block, choice));
     }
     while (true)
     {
-        int longest = 0, best = 0, best_slot = 0;
-        bool present = false;
+        int longest = 0, best = 0, best_slot = 0; // longest: steps since the last use
 #pragma unroll
         for (int choice = 0; choice < kChoices; ++choice)
         {
-            const int idle = owner[choice] >> 32 == 0 ? INT_MAX : cache.age(owner[choice]);
+            const bool empty = owner[choice] >> 32 == 0;
+            const int idle = empty ? INT_MAX : static_cast<int>((cache.step - static_cast<uint32_t>(owner[choice])) & (INT_MAX >> 1));
             if (idle > longest)
             {
                 longest = idle;
                 best = choice;
-                best_slot = cache.slotOf(block, choice);
+                best_slot = slotOf(cache, block, choice);
             }
-            present = present || BlockCache::holds(owner[choice], block);
         }
         const int idle = longest;
         longest = __reduce_max_sync(kFullWarp, longest);
-        if (__any_sync(kFullWarp, present) || longest <= kGrace + 1)
+        if (longest == 0)
         {
             return -1;
         }
@@ -52,9 +70,12 @@ __device__ __forceinline__ int replaceOldest(BlockCache& cache, uint32_t block)
             {
                 if (choice == best)
                 {
-                    const Owner before
-                        = atomicCAS(cache.owners + slot, owner[choice], BlockCache::owner(block, cache.step, false));
+                    const Word before = atomicCAS(owners + slot, owner[choice], slotOwner(block, cache.step));
                     taken = before == owner[choice];
+                    if (taken && longest != INT_MAX)
+                    {
+                        cache.slots[static_cast<uint32_t>(before >> 32) - 1] = 0;
+                    }
                     owner[choice] = before;
                 }
             }
@@ -104,20 +125,25 @@ __device__ __forceinline__ void copyBlock(const BlockCache& cache, char* target,
 // Put a block into the cache, unless it is there or nothing may be replaced for it. All lanes of a warp together.
 __device__ __forceinline__ void place(BlockCache& cache, uint32_t block)
 {
-    const int slot = replaceOldest(cache, block);
-    if (slot < 0)
+    int before = 0;
+    if (threadIdx.x % kWarpSize == 0)
+    {
+        before = atomicCAS(cache.slots + block, 0, kClaimed); // noted by several warps, it is placed by one
+    }
+    if (__shfl_sync(kFullWarp, before, 0) != 0)
     {
         return;
     }
-    copyBlock(cache, cache.rows + static_cast<int64_t>(slot) * cache.blockBytes(), block);
-    __threadfence();
-    __syncwarp();
+    const int slot = replaceOldest(cache, block);
+    if (slot >= 0)
+    {
+        copyBlock(cache, cache.inCache(slot), block);
+        cache.count(HIP_TRT_CACHE_FILL);
+    }
     if (threadIdx.x % kWarpSize == 0)
     {
-        atomicExch(cache.owners + slot, BlockCache::owner(block, cache.step, true));
-        cache.hints[block] = slot + 1;
+        cache.slots[block] = slot + 1;
     }
-    cache.count(HIP_TRT_CACHE_FILL);
 }
 
 } // namespace hip_trt

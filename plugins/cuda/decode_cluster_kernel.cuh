@@ -57,21 +57,17 @@ __device__ __forceinline__ int chooseBlocks(const DecodeCall& decode, const Deco
     return min(decode.call.budget, nodes.count);
 }
 
-// Count the events of this thread block's caches, and, once a call, the step. `caches`: nullptr in idle rows.
+// Count the events of this thread block's caches.
 __device__ __forceinline__ void report(const DecodeCall& decode, const BlockCache* caches)
 {
-    Owner* const counters = reinterpret_cast<Owner*>(decode.offload.counters);
-    if (caches != nullptr && threadIdx.x < 2 * HIP_TRT_CACHE_EVENTS)
+    if (threadIdx.x < 2 * HIP_TRT_CACHE_EVENTS)
     {
         const unsigned count = caches[threadIdx.x / HIP_TRT_CACHE_EVENTS].events[threadIdx.x % HIP_TRT_CACHE_EVENTS];
         if (count != 0)
         {
-            atomicAdd(counters + 1 + threadIdx.x, static_cast<Owner>(count));
+            Word* const events = reinterpret_cast<Word*>(decode.offload.counters) + HIP_TRT_OFFLOAD_EVENTS_AT;
+            atomicAdd(events + threadIdx.x, static_cast<Word>(count));
         }
-    }
-    if (threadIdx.x == 0 && blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0)
-    {
-        atomicAdd(counters, static_cast<Owner>(1));
     }
 }
 
@@ -137,11 +133,6 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
     commitCopies();
     const QueryBlock block(call, place.b, 0);
     const bool refresh = *call.refresh_mask != 0;
-    uint32_t step = 0;
-    if constexpr (Pools<T, D>::kOffloaded)
-    {
-        step = BlockCache::currentStep(decode.offload.counters);
-    }
     waitCopies<0>();
     __syncthreads();
     clusterWait();
@@ -165,10 +156,6 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
                 call.chosen_blocks[list + i] = -1;
             }
         }
-        if constexpr (Pools<T, D>::kOffloaded)
-        {
-            report(decode, nullptr);
-        }
         return;
     }
 
@@ -185,8 +172,8 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
     {
         if (threadIdx.x == 0)
         {
-            new (shared.caches()) BlockCache(decode.offload.keys, call.present_key, call, step);
-            new (shared.caches() + 1) BlockCache(decode.offload.values, call.present_value, call, step);
+            new (shared.caches()) BlockCache(decode.offload.keys, call.present_key, call, decode.offload.counters);
+            new (shared.caches() + 1) BlockCache(decode.offload.values, call.present_value, call, decode.offload.counters);
         }
         __syncthreads();
     }

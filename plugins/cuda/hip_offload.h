@@ -13,6 +13,8 @@
  * The second kernel, and the way from the staging area to the pools, need nothing but the bus: given a lane, they run beside
  * the layers that follow.
  *
+ * Calls on the same pools must be ordered, as they are in one stream: each uses and changes the caches.
+ *
  * All memory belongs to the caller. Attaching is thread-safe; kernels keep what was attached when they were launched or
  * captured, so memory must stay until those have run.
  */
@@ -28,17 +30,21 @@ extern "C" {
 /* Slots of a cache come in sets of so many. A block may be in any of four sets; the least recently used slot is replaced. */
 #define HIP_TRT_CACHE_WAYS 32
 
-/* What precedes the list of missed blocks: how many there are, and thread blocks that have read it. */
-#define HIP_TRT_CACHE_MISSED_HEADER 2
+/* What precedes the list of missed blocks: how many there are. */
+#define HIP_TRT_CACHE_MISSED_HEADER 1
+
+/* What precedes the events in a layer's counters: decode steps, and a number that kernels use among themselves. */
+#define HIP_TRT_OFFLOAD_EVENTS_AT 2
 
 /* Key blocks, or value blocks, in GPU memory. */
 typedef struct HipTrtBlockCache
 {
     void* rows;       /* [blocks, block_k, D] */
     uint64_t* owners; /* [blocks]: which block of the pool each is a copy of, and when it was last used. Zeros at first */
-    int32_t* hints;   /* [blocks in the pool]: where each was put last. Zeros at first */
+    int32_t* slots;   /* [pool_blocks]: by block of the pool, 1 + where the copy is. Zeros at first */
     int32_t* missed;  /* [HIP_TRT_CACHE_MISSED_HEADER + blocks]: blocks to be placed. Zeros at first */
     int32_t blocks;   /* a multiple of HIP_TRT_CACHE_WAYS; 0: no cache */
+    int32_t pool_blocks;
 } HipTrtBlockCache;
 
 /* What a cache counts, in blocks. */
@@ -61,7 +67,7 @@ typedef struct HipTrtOffload
     const void* value_pool; /* likewise */
     HipTrtBlockCache keys;
     HipTrtBlockCache values;
-    uint64_t* counters;     /* [1 + 2 HIP_TRT_CACHE_EVENTS]: decode steps, then events of keys, then of values */
+    uint64_t* counters;     /* [HIP_TRT_OFFLOAD_EVENTS_AT + 2 HIP_TRT_CACHE_EVENTS]: then events of keys, and of values */
     void* staging_keys;     /* [staging_pages, Hkv, page_size, D]; NULL: prefill reads the pools over the bus, by kernels
                                that on Hopper round differently from those for GPU memory */
     void* staging_values;   /* likewise */

@@ -25,7 +25,7 @@ bool validCache(const HipTrtBlockCache& cache)
 {
     return cache.blocks == 0
         || (cache.blocks > 0 && cache.blocks % HIP_TRT_CACHE_WAYS == 0 && cache.rows != nullptr && cache.owners != nullptr
-            && cache.hints != nullptr && cache.missed != nullptr
+            && cache.slots != nullptr && cache.missed != nullptr
             && reinterpret_cast<uintptr_t>(cache.rows) % 16 == 0);
 }
 
@@ -38,17 +38,21 @@ bool validStaging(const HipTrtOffload& offload)
 
 cudaError_t clearCache(const HipTrtBlockCache& cache, cudaStream_t stream)
 {
-    return cache.blocks == 0 ? cudaSuccess
-                             : cudaMemsetAsync(cache.owners, 0, cache.blocks * sizeof(uint64_t), stream);
+    if (cache.blocks == 0)
+    {
+        return cudaSuccess;
+    }
+    const cudaError_t error = cudaMemsetAsync(cache.owners, 0, cache.blocks * sizeof(uint64_t), stream);
+    return error == cudaSuccess ? cudaMemsetAsync(cache.slots, 0, cache.pool_blocks * sizeof(int32_t), stream) : error;
 }
 
-// A warp per block of new rows and key/value head.
+// A thread per block of new rows and key/value head.
 __global__ void __launch_bounds__(kThreads)
     forgetKernel(const __grid_constant__ Call call, const __grid_constant__ HipTrtOffload offload)
 {
     const int b = blockIdx.y, block_k = call.config.block_k;
     const int past = call.past_lengths[b], count = call.query_lengths[b];
-    const int item = blockIdx.x * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
+    const int item = blockIdx.x * kThreads + threadIdx.x;
     const int head = item % call.shape.num_kv_heads;
     const int block = (past >> call.block_k_log2) + item / call.shape.num_kv_heads;
     if (count <= 0 || block * block_k >= past + count)
@@ -57,41 +61,47 @@ __global__ void __launch_bounds__(kThreads)
     }
     const uint32_t in_pool
         = static_cast<uint32_t>(PagedRows(call, b, head).row(block * block_k) >> call.block_k_log2);
-    BlockCache(offload.keys, call.present_key, call, 0).forget(in_pool);
-    BlockCache(offload.values, call.present_value, call, 0).forget(in_pool);
+    BlockCache(offload.keys, call.present_key, call, offload.counters).forget(in_pool);
+    BlockCache(offload.values, call.present_value, call, offload.counters).forget(in_pool);
 }
 
-// Place the blocks that a step missed, a warp each, and empty the list. blockIdx.y: keys, or values.
+// After a step: place the blocks that it missed, a warp each, empty the lists, and count the step. blockIdx.y: keys, or values.
 __global__ void __launch_bounds__(kThreads)
     fillKernel(const __grid_constant__ Call call, const __grid_constant__ HipTrtOffload offload)
 {
     const bool is_key = blockIdx.y == 0;
+    Word* const counters = reinterpret_cast<Word*>(offload.counters);
     BlockCache& cache = *reinterpret_cast<BlockCache*>(dynamicShared());
     if (threadIdx.x == 0)
     {
-        new (&cache) BlockCache(is_key ? offload.keys : offload.values, is_key ? call.present_key : call.present_value, call,
-            BlockCache::currentStep(offload.counters));
+        new (&cache) BlockCache(
+            is_key ? offload.keys : offload.values, is_key ? call.present_key : call.present_value, call, offload.counters);
     }
     __syncthreads();
-    if (cache.sets == 0)
-    {
-        return;
-    }
-    const int count = min(loadCurrent(cache.missed), static_cast<int>(cache.sets * kWays));
+    const int count = cache.blocks == 0 ? 0 : min(cache.missed[0], cache.blocks);
     const int warp = threadIdx.x / kWarpSize * gridDim.x + blockIdx.x;
     for (int i = warp; i < count; i += gridDim.x * (kThreads / kWarpSize))
     {
-        place(cache, static_cast<uint32_t>(loadCurrent(cache.missed + HIP_TRT_CACHE_MISSED_HEADER + i)));
+        place(cache, static_cast<uint32_t>(cache.missed[HIP_TRT_CACHE_MISSED_HEADER + i]));
     }
     __syncthreads();
     if (threadIdx.x < HIP_TRT_CACHE_EVENTS && cache.events[threadIdx.x] != 0)
     {
-        Owner* const counters = reinterpret_cast<Owner*>(offload.counters) + 1 + blockIdx.y * HIP_TRT_CACHE_EVENTS;
-        atomicAdd(counters + threadIdx.x, static_cast<Owner>(cache.events[threadIdx.x]));
+        Word* const events = counters + HIP_TRT_OFFLOAD_EVENTS_AT + blockIdx.y * HIP_TRT_CACHE_EVENTS;
+        atomicAdd(events + threadIdx.x, static_cast<Word>(cache.events[threadIdx.x]));
     }
-    if (threadIdx.x == 0 && atomicAdd(cache.missed + 1, 1) == static_cast<int>(gridDim.x) - 1)
+    if (threadIdx.x == 0 && atomicAdd(counters + 1, static_cast<Word>(1)) == gridDim.x * gridDim.y - 1)
     {
-        cache.missed[0] = cache.missed[1] = 0; // all thread blocks have read the list
+        // All thread blocks have read the lists, and the step.
+        for (int32_t* const missed : {offload.keys.missed, offload.values.missed})
+        {
+            if (missed != nullptr)
+            {
+                missed[0] = 0;
+            }
+        }
+        counters[1] = 0;
+        ++counters[0];
     }
 }
 
@@ -178,8 +188,7 @@ cudaError_t forgetWritten(const Call& call, const HipTrtOffload& offload, cudaSt
 {
     // New rows touch one block more than they fill, if they begin inside one.
     const int blocks = (call.shape.new_tokens + call.config.block_k - 1) / call.config.block_k + 1;
-    const int warps = kThreads / kWarpSize;
-    const unsigned grid = (static_cast<unsigned>(blocks) * call.shape.num_kv_heads + warps - 1) / warps;
+    const unsigned grid = (static_cast<unsigned>(blocks) * call.shape.num_kv_heads + kThreads - 1) / kThreads;
     return launch(forgetKernel, dim3(grid, call.shape.batch), kThreads, 0, stream, call, offload);
 }
 

@@ -47,14 +47,6 @@ __device__ __forceinline__ unsigned long long loadCurrent(const unsigned long lo
     return value;
 }
 
-// What was written before the value that this finds was is seen after it.
-__device__ __forceinline__ unsigned long long loadAcquire(const unsigned long long* address)
-{
-    unsigned long long value;
-    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];\n" : "=l"(value) : "l"(address) : "memory");
-    return value;
-}
-
 __device__ __forceinline__ int32_t loadCurrent(const int32_t* address)
 {
     int32_t value;

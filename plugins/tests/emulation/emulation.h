@@ -245,11 +245,6 @@ inline unsigned long long loadCurrent(const unsigned long long* address)
     return *address;
 }
 
-inline unsigned long long loadAcquire(const unsigned long long* address)
-{
-    return *address;
-}
-
 inline int32_t loadCurrent(const int32_t* address)
 {
     return *address;
