@@ -139,6 +139,10 @@ def test_candidates_leave_other_tokens_out() -> None:
     assert retrieval._right(logits, answer, None).tolist() == [[False, False, False]]
 
 
+def test_right_tokens_count_up_to_the_first_wrong_one() -> None:
+    assert retrieval._leading(torch.tensor([[True, False, True], [True, True, True], [False, True, True]])) == [1, 3, 0]
+
+
 # What is found.
 
 def test_dense_attention_finds_all(model: Any) -> None:
@@ -273,11 +277,16 @@ def made_up(**shares: list[int]) -> dict[str, Any]:
 
 
 def test_findings_follow_from_the_numbers() -> None:
-    said = retrieval_report.findings(made_up(dense=[10, 8], good=[10, 8], bad=[10, 4]))
+    said = retrieval_report.findings(made_up(dense=[10, 8], default=[10, 6], worse=[3, 2], good=[10, 8], bad=[10, 4]))
     assert said == [
         "text: dense attention finds 80% to 100% up to 2,000 tokens.",
         "text, as much as dense at every length (98% or more): good.",
-        "text, bad: 100% of what dense finds at 1,000, 50% at 2,000.",
+        "text, default: 100% of what dense finds at 1,000, 75% at 2,000.",
+    ]
+    said = retrieval_report.findings(made_up(dense=[10, 8], default=[10, 4], worse=[3, 2], bad=[10, 6]))
+    assert said[1:] == [
+        "text, default: 100% of what dense finds at 1,000, 50% at 2,000.",
+        "text, bad: 100% of what dense finds at 1,000, 75% at 2,000.",
     ]
 
 

@@ -27,7 +27,7 @@ from hip_trt.evaluate.retrieval_probes import Fact, Probe
 Asked = Literal["prefill", "decode"]
 """How a question is read: as a chunk of prompt, or token by token."""
 
-DENSE = "dense"
+DENSE, DEFAULT = "dense", "default"
 WINDOW_ONLY = METHODS["none"]
 
 GRID: tuple[Mapping[str, Any], ...] = (
@@ -84,7 +84,7 @@ def choices(grid: Sequence[Mapping[str, Any]] = GRID, base: HipConfig | None = N
         words = [] if method == "hip" else [METHODS[method]]
         words += [f"{name} {value}" for name, value in changes.items()]
         config = base.replace(**changes) if changes else base
-        found.append(Choice(", ".join(words) or "default", config, method))
+        found.append(Choice(", ".join(words) or DEFAULT, config, method))
     return found
 
 

@@ -6,7 +6,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hip_trt.evaluate.retrieval import DENSE, WINDOW_ONLY, interval
+from hip_trt.evaluate.perplexity_grid import METHODS
+from hip_trt.evaluate.retrieval import DEFAULT, DENSE, WINDOW_ONLY, interval
 from hip_trt.evaluate.study import Cell, Plot, Study, Table
 
 PASSED = 0.8
@@ -109,8 +110,12 @@ def findings(data: Mapping[str, Any]) -> list[str]:
         equal = [config for config in tried if _as_dense(data, kind, passed, config)]
         if equal:
             said.append(f"{kind}, as much as dense at every length ({1 - EQUAL:.0%} or more): {'; '.join(equal)}.")
-        said += [f"{kind}, {config}: {_verdict(data, kind, passed, config)}." for config in tried
-                 if config not in equal]
+        rest = [config for config in tried if config not in equal]
+        told = [config for config in (DEFAULT, METHODS["exact"]) if config in rest]
+        if rest:  # and the best of the others, where it matters most
+            best = max(rest, key=lambda config: _share_of_dense(data, kind, passed[-1], config))
+            told += [best] if best not in told else []
+        said += [f"{kind}, {config}: {_verdict(data, kind, passed, config)}." for config in told]
         if WINDOW_ONLY in _configs(data):
             said.append(f"{kind}, {WINDOW_ONLY}: {_verdict(data, kind, passed, WINDOW_ONLY)}.")
     return said
