@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
-
 import typer
 
+from hip_trt.cli import eval_break_even, eval_locality, eval_perplexity, eval_recall, eval_recommend, eval_retrieval
 from hip_trt.cli.console import Commands
-
-STUDIES = ("perplexity", "retrieval", "recall", "locality", "break_even", "recommend")
-"""Modules hip_trt.cli.eval_NAME, in the order in which a reader meets them."""
 
 _HELP = """Measure what pruning costs in quality, and from which length on it pays.
 
-Each command is one study. It prints a short table and writes numbers as JSON, a page in Markdown, and plots.
+Each command is one study. It prints what it found, and writes numbers as JSON, a page in Markdown, and plots.
 
 [b]perplexity[/]: does the model predict real text as well as with dense attention? By config, prefill and decode.
 
@@ -34,11 +29,7 @@ _EPILOG = "docs/evaluation.md says how to read the results."
 
 def register(app: typer.Typer) -> None:
     """Add the group of commands to the application."""
-    group = typer.Typer(
-        cls=Commands, help=_HELP, epilog=_EPILOG, rich_markup_mode="rich", no_args_is_help=True,
-    )
-    for study in STUDIES:
-        name = f"hip_trt.cli.eval_{study}"
-        if find_spec(name):
-            import_module(name).register(group)
+    group = typer.Typer(cls=Commands, help=_HELP, epilog=_EPILOG, rich_markup_mode="rich", no_args_is_help=True)
+    for study in (eval_perplexity, eval_retrieval, eval_recall, eval_locality, eval_break_even, eval_recommend):
+        study.register(group)
     app.add_typer(group, name="eval")
