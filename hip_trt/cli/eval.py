@@ -11,17 +11,10 @@ _HELP = """Measure what pruning costs in quality, and from which length on it pa
 
 Each command is one study. It prints what it found, and writes numbers as JSON, a page in Markdown, and plots.
 
-[b]perplexity[/]: does the model predict real text as well as with dense attention? By config, prefill and decode.
-
-[b]retrieval[/]: does it find a fact wherever it stands in a long context?
-
-[b]recall[/]: how much of the true attention do the chosen blocks hold, beside simpler ways to choose?
-
-[b]locality[/]: do neighbouring keys get like scores, which the search relies on? By layer and head.
-
-[b]break-even[/]: from which length on is pruned attention faster than dense?
-
-[b]recommend[/]: which config for which length and loss of quality, and when to stay dense; from the results above.
+[b]perplexity[/] and [b]retrieval[/] answer whether your model still does its work: predicts real text, finds a fact in a
+long context. [b]recall[/] and [b]locality[/] say why: what of the true attention is held, and how alike neighbouring keys
+are. [b]break-even[/] says from which length on HiP is faster than dense attention. [b]recommend[/] puts the results
+together: which config for which length and loss of quality, and when to stay dense.
 """
 
 _EPILOG = "docs/evaluation.md says how to read the results."
