@@ -113,7 +113,7 @@ def synthetic_probe(language: RecallLanguage, tokens: int, *, facts: int, stretc
 
 def text_probe(tokenizer: Any, text: Text, tokens: int, *, facts: int, seed: int) -> Probe:
     """Facts in a real text: random words in a row. The first eight are asked, the next two are the answer, to be
-    found likelier than all other words of the context's facts.
+    found likelier than all words of other answers.
 
     Questions that must be understood ("the code of the harbour is") fail in small models under dense attention too, as
     soon as several facts are alike; and at some thousand tokens they begin a new line rather than go on with the words.
@@ -162,7 +162,8 @@ def text_probe(tokenizer: Any, text: Text, tokens: int, *, facts: int, seed: int
         context += [*beginning, *ending, *stop]
         used = cut
     context += filler[used:]
-    candidates = sorted(_ids(tokenizer, f" {word}")[0] for word in words[: each * facts])
+    answers = [word for number in range(facts) for word in words[each * number + _ASKED_WORDS : each * (number + 1)]]
+    candidates = sorted(_ids(tokenizer, f" {word}")[0] for word in answers)
     return Probe(torch.tensor(context), tuple(found), torch.tensor(candidates))
 
 

@@ -37,7 +37,7 @@ def study(
         _ASKED[data["asked"]],
         "A fact counts as found where every token of its answer is the model's first choice, given the right tokens "
         "before it: that is when greedy decoding gives the whole answer."
-        + ("" if synthetic else " Choices are among the words of the context's facts."),
+        + ("" if synthetic else " Choices are among the words of the context's answers."),
         "Intervals are Wilson's, 95%; facts of one context are not quite independent.",
     ]
     if data["missing"]:
@@ -113,8 +113,8 @@ def findings(data: Mapping[str, Any]) -> list[str]:
         rest = [config for config in tried if config not in equal]
         told = [config for config in (DEFAULT, METHODS["exact"]) if config in rest]
         if rest:  # and the best of the others, where it matters most
-            best = max(rest, key=lambda config: _share_of_dense(data, kind, passed[-1], config))
-            told += [best] if best not in told else []
+            leader = max(rest, key=lambda config: _share_of_dense(data, kind, passed[-1], config))
+            told += [leader] if leader not in told else []
         said += [f"{kind}, {config}: {_verdict(data, kind, passed, config)}." for config in told]
         if WINDOW_ONLY in _configs(data):
             said.append(f"{kind}, {WINDOW_ONLY}: {_verdict(data, kind, passed, WINDOW_ONLY)}.")
