@@ -173,12 +173,13 @@ def checkpoint(path: Path, dtype: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(path.parent / "checkpoint", dtype=getattr(torch, dtype)).eval()
 
 
-@pytest.mark.parametrize(("dtype", "reuse_level", "count"), [("float32", 0, 33), ("float32", 1, 33), ("float16", 1, 4)])
+@pytest.mark.parametrize(("dtype", "reuse_level"), [("float32", 0), ("float32", 1), ("float16", 1)])
 def test_agrees(
-    host: Callable[[Path], GraphExecutor], exported: Callable[[str], Path], dtype: str, reuse_level: int, count: int
+    host: Callable[[Path], GraphExecutor], exported: Callable[[str], Path], dtype: str, reuse_level: int
 ) -> None:
     path = with_reuse_level(exported(dtype), reuse_level)
-    result = measure(host(path), checkpoint(path, dtype), PROMPT, count, offload=None)
+    prompt, count = (PROMPT, 33) if dtype == "float32" else (PROMPT[:90], 3)  # those kernels are slow here
+    result = measure(host(path), checkpoint(path, dtype), prompt, count, offload=None)
     assert (result["hip"]["reuse_level"], result["hip"]["refresh_interval"]) == (reuse_level, 8)
     assert [*result["tokens"]] == [REFERENCE, HOST, PATCHED]
     assert all(len(tokens) == count for tokens in result["tokens"].values())

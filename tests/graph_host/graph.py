@@ -220,6 +220,11 @@ class _Specialiser:
             {name: self.slots[name] for name in self.graph._inputs}, outputs,
         )
 
+    def _on_device(self, name: str) -> Tensor:
+        """A known value; constants of the file are put there once for all programs."""
+        graph = self.graph
+        return graph.device_constant(name) if name in graph._constants else self.known[name].to(graph.device)
+
     def _add(self, name: str, like: Tensor) -> int:
         self.likes[name] = like
         self.slots[name] = len(self.slots)
@@ -254,10 +259,8 @@ class _Specialiser:
                 continue
             if name in self.known:
                 value = self.known[name]
-                stays = node.op.scalars and value.dim() == 0
-                if not stays:
-                    value = self.graph.device_constant(name) if name in self.graph._constants else (
-                        value.to(self.graph.device))
+                if not (node.op.scalars and value.dim() == 0):
+                    value = self._on_device(name)
                 arguments.append(value)
                 likes.append(value.to(_META))
             else:
@@ -302,12 +305,10 @@ def _bind(node: _Node, tensors: Sequence[Tensor | None]) -> Callable[..., Any]:
     function = partial(op.function, **node.attributes) if node.attributes else op.function
     if not op.known:
         return function
-    values = {i: None if tensors[i] is None else tensors[i].tolist() for i in op.known if i < len(tensors)}
-    first = min(values, default=0)
-    if first == 0 and values:  # all of them: no data
-        return partial(function, *(values[i] for i in sorted(values)))
-    rest = [values[i] for i in sorted(values)]
-    return (lambda data: function(data, *rest)) if rest else function
+    known = [tensor if tensor is None else tensor.tolist() for i, tensor in enumerate(tensors) if i in op.known]
+    if 0 in op.known:  # no data at all
+        return partial(function, *known)
+    return lambda data: function(data, *known)
 
 
 def compute(node: _Node, known: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
+import torch
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from torch import Tensor
 
@@ -38,7 +39,7 @@ def restore_weights(path: Path, parameters: Mapping[str, Tensor]) -> None:
                 value = parameters[tensor.name.removesuffix(_TRANSPOSED)]
                 value = value.t() if tensor.name.endswith(_TRANSPOSED) else value
                 file.seek(ExternalDataInfo(tensor).offset or 0)
-                file.write(value.contiguous().numpy().data)
+                file.write(value.contiguous().view(torch.uint8).numpy().data)
     if sha256(made) != record.sha256:
         raise ValueError(f"{path}: {made} has another checksum than the weights of the export")
     made.replace(target)
