@@ -7,15 +7,15 @@ import typer
 from hip_trt.cli import eval_break_even, eval_locality, eval_perplexity, eval_recall, eval_recommend, eval_retrieval
 from hip_trt.cli.console import Commands
 
-_HELP = """Measure what pruning costs in quality, and from which length on it pays.
-
-Each command is one study. It prints what it found, and writes numbers as JSON, a page in Markdown, and plots.
-
-[b]perplexity[/] and [b]retrieval[/] answer whether your model still does its work: predicts real text, finds a fact in a
-long context. [b]recall[/] and [b]locality[/] say why: what of the true attention is held, and how alike neighbouring keys
-are. [b]break-even[/] says from which length on HiP is faster than dense attention. [b]recommend[/] puts the results
-together: which config for which length and loss of quality, and when to stay dense.
-"""
+_HELP = "\n\n".join((
+    "Measure what pruning costs in quality, and from which length on it pays.",
+    "Each command is one study. It prints what it found, and writes numbers as JSON, a page in Markdown, and plots.",
+    "[b]perplexity[/] and [b]retrieval[/] say whether your model still does its work: predicts real text, finds a fact "
+    "in a long context. [b]recall[/] and [b]locality[/] say why: how much of the true attention is held, how alike "
+    "neighbouring keys are. [b]break-even[/] says from which length on HiP is faster than dense attention. "
+    "[b]recommend[/] puts the results together: which config for which length and loss of quality, and when to stay "
+    "dense.",
+))
 
 _EPILOG = "docs/evaluation.md says how to read the results."
 

@@ -241,7 +241,7 @@ def plot(data: Mapping[str, Any]) -> Any:
     """What draws the study: budget, refresh interval, dense beyond the model's context."""
     def draw(figure: Any) -> None:
         long = [section for section in data["sections"] if _is_long(section)]
-        figure.set_size_inches(15, 4.5)
+        figure.set_size_inches(15, 6)
         axes = figure.subplots(1, 3)
         _plot_budget(axes[0], data["sections"][0])
         _plot_intervals(axes[1], [section for section in data["sections"] if section["rows"]])
@@ -268,10 +268,9 @@ def _plot_budget(axes: Any, section: Mapping[str, Any]) -> None:
     if points:
         axes.plot(*zip(*points, strict=True), marker="o", label="a longer window instead", color="tab:blue")
     axes.axhline(GOAL, color="gray", linestyle=":")
-    axes.set(xscale="log", xlabel="mask_k, tokens", ylabel="change of perplexity, worst text, %",
+    axes.set(xlabel="mask_k, or what the window is longer by, tokens", ylabel="change of perplexity, worst text, %",
              title=f"Prefill, {section['tokens']:,} tokens")
-    axes.set_yscale("symlog", linthresh=1)
-    _legend(axes)
+    _finish(axes, (256, 512, 1024, 2048, 4096))
 
 
 def _plot_intervals(axes: Any, sections: Sequence[Mapping[str, Any]]) -> None:
@@ -287,9 +286,7 @@ def _plot_intervals(axes: Any, sections: Sequence[Mapping[str, Any]]) -> None:
                 axes.plot(*zip(*sorted(points), strict=True), marker="o", label=f"{section['tokens']:,}: {label}")
     axes.axhline(GOAL, color="gray", linestyle=":")
     axes.set(xlabel="refresh interval, steps", ylabel="change of perplexity, worst text, %", title="Decode")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("symlog", linthresh=1)
-    _legend(axes)
+    _finish(axes, (1, 2, 4, 8, 16, 32, 64))
 
 
 def _plot_dense(axes: Any, sections: Sequence[Mapping[str, Any]]) -> None:
@@ -303,10 +300,17 @@ def _plot_dense(axes: Any, sections: Sequence[Mapping[str, Any]]) -> None:
     axes.axhline(BROKEN, color="gray", linestyle=":")
     axes.set(xlabel="position", ylabel="dense against its own context, worst text, %",
              title=f"Dense over {longest:,} tokens, by RoPE scaling")
-    axes.set_yscale("symlog", linthresh=5)
-    _legend(axes)
+    axes.tick_params(axis="x", labelrotation=20)
+    _finish(axes, ())
 
 
-def _legend(axes: Any) -> None:
+def _finish(axes: Any, ticks: Sequence[int]) -> None:
+    """Scales with plain numbers: percents linear up to 1, logarithmic beyond; a legend below."""
+    if ticks:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set_yscale("symlog", linthresh=1)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16))
