@@ -35,7 +35,7 @@ from hip_trt.spec import METADATA_KEY, ModelSpec
 from hip_trt.verify import Report, verify
 from hip_trt.verify.compare import Tolerances, ValuesCompareFunc
 from hip_trt.verify.comparison import explain
-from hip_trt.verify.inputs import Call, Case, plan_cases
+from hip_trt.verify.inputs import Call, Case, Script, plan_cases
 from hip_trt.verify.sessions import make_session
 
 INV_FREQ = "model.rotary_emb.inv_freq"
@@ -336,6 +336,9 @@ def test_cases_reach_searches_and_stay_within_an_engine(exported: Path) -> None:
     for case in plan_cases(spec, steps=4, max_tokens=40, max_prefill=8, thorough=True):
         assert all(new <= 8 for new in case.new)
         assert all(past + new + case.steps <= 40 for past, new in zip(case.past, case.new, strict=True))
+        script = Script(spec, [case])
+        next(iter(script))
+        assert script.calls[0].random_cache is any(case.past)
     assert SPARSE.mask_k + SPARSE.sink_tokens + SPARSE.window_tokens < 40
 
 
