@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import gc
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
 import emulated
+import graph_host_report
 import numpy as np
 import onnx
 import pytest
@@ -17,7 +22,7 @@ import torch
 from graph_host import GraphExecutor, Plugin, PluginFailure, UnsupportedGraph
 from graph_host.agreement import HOST, OFFLOADED, PATCHED, REFERENCE, failures, logit_errors, measure
 from graph_host.graph import compute, ordinary
-from graph_host.plugin import TensorShape
+from graph_host.plugin import AttachedLayer, TensorShape
 from graph_host.torch_ops import OPS
 from graph_host.weights import restore_weights
 from offload_host import emulate, nothing_left
@@ -36,6 +41,7 @@ from transformers import AutoModelForCausalLM
 
 from hip_trt import operator as names
 from hip_trt.config import HipConfig
+from hip_trt.evaluate.texts import manual
 from hip_trt.export import export_onnx
 from hip_trt.offload import Offload
 from hip_trt.onnx_file import read_onnx
@@ -166,6 +172,51 @@ def test_generates_as_onnx_runtime(host: Callable[[Path], GraphExecutor], export
     assert len({*found[0].tokens}) > 10
 
 
+def test_state_in_place_and_apart(
+    host: Callable[[Path], GraphExecutor], exported: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session's pools and nodes are the plugin's past and present; other buffers get the same, and past stays."""
+    calls: list[tuple[list[int], list[int]]] = []
+    enqueue = AttachedLayer.enqueue
+
+    def recorded(layer: AttachedLayer, inputs: list[int], outputs: list[int], workspace: int, stream: int) -> None:
+        calls.append((inputs, outputs))
+        enqueue(layer, inputs, outputs, workspace, stream)
+
+    monkeypatch.setattr(AttachedLayer, "enqueue", recorded)
+    executor = host(exported("float32"))
+    with Session(executor, max_seq_len=64) as session:
+        session.append([PROMPT[:30]])
+        past = {name: tensor.clone() for name, tensor in session._decode[0].items()}
+        expected = session.step([3])[0].clone()
+        state = session.state
+        assert len(calls) == 4
+        for layer, (inputs, outputs) in enumerate(calls):
+            assert inputs[3] == outputs[1] == state.keys[layer % 2].data_ptr()
+            assert inputs[4] == outputs[2] == state.values[layer % 2].data_ptr()
+            assert inputs[8] == outputs[3]
+        calls.clear()
+        inputs = {
+            **past, names.INPUT_IDS: torch.tensor([[3]]), names.REFRESH_MASK: torch.ones(1, dtype=torch.int32),
+            names.QUERY_LENGTHS: torch.ones(1, dtype=torch.int32),
+        }
+        before = {name: tensor.clone() for name, tensor in inputs.items()}
+        apart = {name: torch.empty_like(tensor) for name, tensor in session._decode[1].items()}
+        executor.run(inputs, apart)
+        assert not {address for given, _ in calls for address in given} & {a for _, made in calls for a in made[1:]}
+        assert apart[names.LOGITS][0, 0].equal(expected)
+        written = state.past_lengths[0]
+        pages = state.pages(0)
+        for layer in range(2):
+            for name, pools in ((names.present_key_name, state.keys), (names.present_value_name, state.values)):
+                found, session_has = (
+                    pool[list(pages)].transpose(1, 2).flatten(0, 1)[:written]
+                    for pool in (apart[name(layer)], pools[layer])
+                )
+                assert found.equal(session_has)
+        assert all(torch.equal(inputs[name].nan_to_num(), before[name].nan_to_num()) for name in inputs)
+
+
 # The graph host, a patched model and the reference: what the GPU's report measures
 
 
@@ -245,6 +296,32 @@ def test_failures_are_named() -> None:
     errors = logit_errors(bad, good)
     assert errors["same_argmax"] == [1, 1, 0, 1]
     assert errors["kl"][2] > errors["kl"][1] == 0
+
+
+def test_report(tmp_path: Path) -> None:
+    """Tables and findings from what was measured; a way that leaves the reference's tokens is named."""
+    logits = torch.randn(3, 9)
+    errors = logit_errors(logits + 1e-3 * torch.randn(3, 9), logits)
+    counts = {"hits": 5, "misses": 2}
+    result = {
+        "dtype": "float16", "hip": HIP.model_dump(mode="json"), "prompt_tokens": 7, "count": 3, "between": errors,
+        "tokens": {REFERENCE: [1, 2, 3], HOST: [1, 2, 3], PATCHED: [1, 2, 4], f"{HOST}{OFFLOADED}": [1, 2, 3]},
+        "errors": {HOST: errors, PATCHED: errors, f"{HOST}{OFFLOADED}": errors},
+        "offload": {"same_bits": True, "steps_with_other_bits": 0, "host_bytes": 3 << 20, "key_cache_bytes": 1 << 20,
+                    "value_cache_bytes": 1 << 19, "keys": counts, "values": counts},
+    }
+    options = graph_host_report._options(["--models", "m", "--sample", "s.gguf", "--session", "s.so"])
+    report = graph_host_report._report({"some model": result}, options, manual(), {"gpu": "none"})
+    report.write(tmp_path, {"": partial(graph_host_report.plot, {"some model": result})})
+    assert json.loads((tmp_path / "graph_host.json").read_text())["data"]["some model"]["tokens"] == result["tokens"]
+    page = (tmp_path / "graph_host.md").read_text()
+    for part in (
+        "some model: the same 3 greedy tokens after 7 by reference, graph host, graph host, offloaded; patched model "
+        f"leaves them at step 2, where the reference's first token leads by {errors['margin'][2]:.1e}",
+        "| some model | 1 | 8 | patched model | 2 of 3 |", "| some model | the same | 3.0 | 1.5 | 5 hits, 2 misses |",
+        f"| 1 | {errors['max_abs'][1]:.1e} | {errors['max_rel'][1]:.1e} |", "prompt 2000 tokens of Python's language",
+    ):
+        assert part in page
 
 
 # A file that is not what it was
