@@ -62,8 +62,10 @@ def findings(data: Mapping[str, Any]) -> list[str]:
         }
         if len(others) > 1:
             early, late = min(others, key=others.__getitem__), max(others, key=others.__getitem__)
-            said.append(f"{_shape(mode, batch)}: of all configs, {early} breaks even first, at about "
-                        f"{others[early]:,.0f} tokens, {late} last, at about {others[late]:,.0f}.")
+            said.append(
+                f"{_shape(mode, batch)}: of the {len(others)} configs that break even within the measured lengths, "
+                f"{early} does first, at about {others[early]:,.0f} tokens, {late} last, at about {others[late]:,.0f}."
+            )
     return said
 
 
@@ -147,6 +149,9 @@ def _draw_curves(figure: Any, data: Mapping[str, Any]) -> None:
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=unit, title=_shape(mode, batch))
         axes.set_xticks(lengths, [f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens) for tokens in lengths])
         axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="y", which="both", labelsize=7)
         axes.grid(True, alpha=0.3)
         axes.legend(fontsize=8)
 
