@@ -146,12 +146,13 @@ def _draw_curves(figure: Any, data: Mapping[str, Any]) -> None:
                     _line(axes, curve, label, linewidth=2.5)
         lengths = sorted({tokens for curve in _dense(data, mode, batch) for tokens in _points(curve)})
         unit = _ours(data, mode, batch)[0]["unit"] if _ours(data, mode, batch) else ""
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=unit, title=_shape(mode, batch))
+        axes.set_yscale("log", subs=(2, 5))
+        axes.set(xscale="log", xlabel="tokens", ylabel=unit, title=_shape(mode, batch))
         axes.set_xticks(lengths, [f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens) for tokens in lengths])
         axes.set_xticks([], minor=True)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
-        axes.tick_params(axis="y", which="both", labelsize=7)
+        axes.tick_params(axis="y", which="both", labelsize=8)
         axes.grid(True, alpha=0.3)
         axes.legend(fontsize=8)
 
