@@ -252,7 +252,7 @@ def test_run_keeps_every_outcome(model: Any) -> None:
     assert [(row["tokens"], row["config"]) for row in data["rows"]] == [
         (256, "dense"), (256, "sink and window only"), (512, "dense"), (512, "sink and window only")
     ]
-    assert data["rows"][0]["right"] == [[WHOLE] * 4] * 2
+    assert data["rows"][0]["right"] == ["6666"] * 2
     assert retrieval_report.counts(data, data["rows"][0]) == (8, 8)
     assert retrieval_report.counts(data, data["rows"][3])[0] < 4
     assert len(saved) == 2
@@ -271,7 +271,7 @@ def made_up(**shares: list[int]) -> dict[str, Any]:
     return {
         "depths": [(part + 0.5) / 10 for part in range(10)], "answer_tokens": 2, "asked": "prefill", "missing": [],
         "rows": [
-            {"tokens": tokens, "kind": "text", "config": config, "right": [[2] * found + [1] * (10 - found)]}
+            {"tokens": tokens, "kind": "text", "config": config, "right": ["2" * found + "1" * (10 - found)]}
             for config, counts in shares.items()
             for tokens, found in zip((1000, 2000), counts, strict=True)
         ],

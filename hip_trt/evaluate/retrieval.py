@@ -220,8 +220,9 @@ class Results:
     Attributes:
         depths: of the facts of a context.
         answer_tokens: of an answer.
-        rows: for each kind of context, length and config, ``right``: by context, then by fact, how many tokens of the
-            answer were right before the first wrong one; or ``failed``, why there is nothing.
+        rows: for each kind of context, length and config, ``right``: a string for each context, with a digit for each
+            fact: how many tokens of the answer were right before the first wrong one; or ``failed``, why there is
+            nothing.
         missing: what was left out, for want of time.
     """
 
@@ -276,6 +277,7 @@ def run(
         facts = setting.probes[0].facts
         if results is None:
             results = Results([fact.depth for fact in facts], len(facts[0].answer), asked)
+            assert results.answer_tokens < 10, "a digit"
         for choice in configs:
             row: dict[str, Any] = {"tokens": setting.tokens, "kind": setting.kind, "config": choice.label}
             if time_limit is not None and time.monotonic() - began > time_limit:
@@ -283,13 +285,15 @@ def run(
                 continue
             since = time.monotonic()
             try:
-                row["right"] = [ask(model, probe, choice, asked=asked, at_once=at_once)
-                                for probe in setting.probes]
+                row["right"] = [
+                    "".join(map(str, ask(model, probe, choice, asked=asked, at_once=at_once)))
+                    for probe in setting.probes
+                ]
             except (HipTrtError, torch.OutOfMemoryError) as error:
                 row["failed"] = " ".join(str(error).split())[:200]
             row["seconds"] = round(time.monotonic() - since, 2)
             results.rows.append(row)
-            whole = sum(count == results.answer_tokens for probe in row.get("right", []) for count in probe)
+            whole = sum(int(count) == results.answer_tokens for probe in row.get("right", []) for count in probe)
             asked_for = sum(map(len, row.get("right", [])))
             say(f"{setting.kind:>16}  {setting.tokens:7d} tokens  {whole:4d} of {asked_for:4d}  {row['seconds']:6.1f} s"
                 f"  {choice.label}{'  ' + row['failed'] if 'failed' in row else ''}")

@@ -223,7 +223,7 @@ def _row(data: Mapping[str, Any], kind: str, tokens: int, config: str) -> Mappin
 
 
 def _found(data: Mapping[str, Any], row: Mapping[str, Any]) -> list[bool]:
-    return [right == data["answer_tokens"] for probe in row["right"] for right in probe]
+    return [int(right) == data["answer_tokens"] for probe in row["right"] for right in probe]
 
 
 def _share(data: Mapping[str, Any], kind: str, tokens: int, config: str) -> float:
@@ -239,7 +239,7 @@ def _range(data: Mapping[str, Any], kind: str, lengths: Sequence[int], config: s
 
 def _by_depth(data: Mapping[str, Any], row: Mapping[str, Any]) -> list[float]:
     columns = zip(*row["right"], strict=True)
-    return [sum(right == data["answer_tokens"] for right in column) / len(row["right"]) for column in columns]
+    return [sum(int(right) == data["answer_tokens"] for right in column) / len(row["right"]) for column in columns]
 
 
 def _cell(data: Mapping[str, Any], row: Mapping[str, Any]) -> Cell:
