@@ -59,7 +59,7 @@ class Tolerances:
         return max(self.rtol, depth * self.random_rtol) if random_cache else self.rtol
 
 
-# Twice what rounding alone does to the sample, measured without an exported file: docs/verification.md.
+# Twice what rounding alone does to the sample (benchmarks/verify_rounding.py): docs/verification.md.
 DEFAULTS: dict[DType, Tolerances] = {
     "float32": Tolerances(1e-4, 1e-3, 0.99, 1e-3),
     "float16": Tolerances(1e-3, 5e-2, 0.9, 0.4),
