@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from hip_trt.cli.app import app
 from hip_trt.config import HipConfig
 from hip_trt.errors import RuntimeInputError
-from hip_trt.evaluate import recommend, recommend_report, retrieval_report
+from hip_trt.evaluate import recommend, recommend_report
 from hip_trt.evaluate.recommend import Curve, gather, speedup, work
 from hip_trt.evaluate.study import Study
 
@@ -151,15 +151,26 @@ def test_retrieval_counts_where_dense_finds(folder: Path) -> None:
 
     data: dict[str, Any] = {"rows": [
         outcome("easy", "dense", 8192, "1111111111"), outcome("easy", "default", 8192, "1111111110"),
+        outcome("easy", "mask_k 4096", 8192, "1111111111"),
         outcome("hard", "dense", 8192, "1100000000"), outcome("hard", "default", 8192, "0000000000"),
+        outcome("long", "dense", 16384, "1111111111"), outcome("long", "default", 16384, "1000000000"),
     ]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval_report, "counts", lambda data, row: (row["right"].count("1"), 10))
-        patch.setattr(retrieval_report, "of_dense", lambda data, row: (row["right"].count("1"), 10))
+        patch.setattr(recommend, "counts", lambda data, row: (row["right"].count("1"), 10))
+        patch.setattr(recommend, "of_dense", lambda data, row: (row["right"].count("1"), 10))
         write(folder, "retrieval", data)
-        rows = advise(folder)
-    assert rows["prefill", 8192]["retrieval"] == 0.9  # "hard" says nothing: dense itself fails
-    assert rows["prefill", 16384]["retrieval"] is None
+        found = recommend.recommend(gather(folder))
+    at = {row["tokens"]: row["retrieval"] for row in found["rows"] if row["mode"] == "prefill"}
+    assert at == {8192: 0.9, 16384: 0.1}  # "hard" says nothing: dense itself fails
+    assert found["retrieval"]["8192"] == {"default": 0.9, "mask_k 4096": 1}
+    said = "\n".join(recommend_report.findings(found))
+    assert "over 8,192 to 16,384 tokens: the default finds 10% to 90% of the facts" in said
+    assert "do not use it" in said
+    assert "the best is default, 10% at worst" in said  # the other was not tried everywhere
+    del found["retrieval"]["16384"]
+    assert "at least 98% of what dense finds everywhere: mask_k 4096." in "\n".join(recommend_report.findings(found))
+    study = recommend_report.study(found, command="", parameters={}, measured_on={})
+    assert study.tables[-1].texts() == [["default", "90"], ["mask_k 4096", "100"]]
 
 
 @pytest.mark.parametrize(

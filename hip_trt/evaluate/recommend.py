@@ -17,6 +17,8 @@ from hip_trt.bench.geometry import LLAMA_8B
 from hip_trt.config import HipConfig
 from hip_trt.errors import RuntimeInputError
 from hip_trt.evaluate.perplexity_report import works
+from hip_trt.evaluate.retrieval import DENSE
+from hip_trt.evaluate.retrieval_report import PASSED, counts, of_dense
 from hip_trt.evaluate.study import Study
 
 BUDGETS = (0.5, 1.0, 2.0)
@@ -132,11 +134,12 @@ def recommend(evidence: Evidence, budgets: Sequence[float] = BUDGETS) -> dict[st
     """One row for each mode and length that was timed, or read by the perplexity study.
 
     Returns:
-        {"rows": [...], "budgets", "missing", "sources"}. A row has mode; tokens; speedup, of the default over the
-        fastest dense kernel, None where it was not timed; exact, whether HiP chooses everything; quality_at and
-        scaling, the length and RoPE scaling of the texts that losses are of, and whether dense_works there; retrieval,
-        the share of what dense finds that the default finds; and choices, for each budget the cheapest config, or None
-        where none that was tried keeps within it: its changes, label, loss, speedup, and work over the default's.
+        {"rows", "retrieval": shares by length and config's label, "budgets", "missing", "sources"}. A row has mode;
+        tokens; speedup, of the default over the fastest dense kernel, None where it was not timed; exact, whether HiP
+        chooses everything; quality_at and scaling, the length and RoPE scaling of the texts that losses are of, and
+        whether dense_works there; retrieval, the share of what dense finds that the default finds; and choices, for
+        each budget the cheapest config, or None where none that was tried keeps within it: its changes, label, loss,
+        speedup, and work over the default's.
     """
     rows = []
     for mode in ("prefill", "decode"):
@@ -144,7 +147,10 @@ def recommend(evidence: Evidence, budgets: Sequence[float] = BUDGETS) -> dict[st
                  for tokens in curve.times}
         read = {int(section["tokens"]) for section in evidence.sections if _rows(section, mode)}
         rows += [_row(evidence, mode, tokens, budgets) for tokens in sorted(timed | read)]
-    return {"rows": rows, "budgets": list(budgets), "missing": evidence.missing, "sources": evidence.sources}
+    lengths = sorted({row["tokens"] for data in evidence.retrieval for row in data["rows"]})
+    found = {str(tokens): shares for tokens in lengths if (shares := retrieval(evidence.retrieval, tokens))}
+    return {"rows": rows, "retrieval": found, "budgets": list(budgets), "missing": evidence.missing,
+            "sources": evidence.sources}
 
 
 def _row(evidence: Evidence, mode: str, tokens: int, budgets: Sequence[float]) -> dict[str, Any]:
@@ -156,7 +162,7 @@ def _row(evidence: Evidence, mode: str, tokens: int, budgets: Sequence[float]) -
         "exact": tokens <= default.sink_tokens + default.window_tokens + kept,
         "quality_at": section and section["tokens"], "scaling": section and section["scaling"],
         "dense_works": section is not None and all(works(entry) for entry in section["dense"].values()),
-        "retrieval": _retrieval(evidence.retrieval, tokens),
+        "retrieval": retrieval(evidence.retrieval, tokens).get("default"),
         "choices": [_cheapest(evidence, section, mode, tokens, budget) for budget in budgets],
     }
 
@@ -224,19 +230,20 @@ def _same(fields: Mapping[str, Any], config: HipConfig, mode: str) -> bool:
     return not config.dense_layers and all(fields[name] == other[name] for name in other if name not in apart)
 
 
-def _retrieval(studies: Sequence[Mapping[str, Any]], tokens: int) -> float | None:
-    """The least share, over kinds of contexts, of what dense finds that the default finds at a length; None where it
-    was not tried, or dense itself fails."""
-    from hip_trt.evaluate.retrieval_report import PASSED, counts, of_dense
-
-    shares = []
+def retrieval(studies: Sequence[Mapping[str, Any]], tokens: int) -> dict[str, float]:
+    """By config's label, the least share, over studies and kinds of contexts, of what dense finds that it finds at a
+    length. Kinds in which dense itself fails are left out, and configs that were not tried in every other."""
+    shares: dict[str, list[float]] = {}
+    kinds = 0
     for data in studies:
         rows = {(row["kind"], row["config"]): row for row in data["rows"] if row["tokens"] == tokens and "right" in row}
-        for (kind, config), row in rows.items():
-            dense = rows.get((kind, "dense"))
-            if config == "default" and dense is not None:
-                right, asked = counts(data, dense)
-                found, of = of_dense(data, row)
-                if asked and right / asked >= PASSED and of:
-                    shares.append(found / of)
-    return min(shares, default=None)
+        for (kind, config), dense in rows.items():
+            right, asked = counts(data, dense) if config == DENSE else (0, 0)
+            if not asked or right / asked < PASSED:
+                continue
+            kinds += 1
+            for (other, label), row in rows.items():
+                if other == kind and label != DENSE:
+                    found, of = of_dense(data, row)
+                    shares.setdefault(label, []).append(found / of)
+    return {label: min(found) for label, found in shares.items() if len(found) == kinds}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hip_trt.evaluate.retrieval_report import EQUAL
 from hip_trt.evaluate.study import Cell, Study, Table
 
 _MODES = {"prefill": "Prefill", "decode": "Decode"}
@@ -16,7 +17,8 @@ def study(
     """The study of what :func:`hip_trt.evaluate.recommend.recommend` gave."""
     return Study(
         "recommend", "Which config for which length and loss of quality", command, parameters, measured_on, data,
-        tables=[_table(data, mode) for mode in _MODES if _of(data, mode)], findings=findings(data),
+        tables=[*(_table(data, mode) for mode in _MODES if _of(data, mode)), *_retrieval_table(data)],
+        findings=findings(data),
         notes=[
             "Loss is the change of perplexity on the worst text of the perplexity study, at the length that the table "
             "names: one small model, so a guide and no promise. Measure your own model before you rely on it.",
@@ -77,6 +79,49 @@ def stays_dense(row: Mapping[str, Any]) -> bool:
     return row["speedup"] is not None and row["speedup"] <= 1
 
 
+def _retrieval_table(data: Mapping[str, Any]) -> list[Table]:
+    found: Mapping[str, Mapping[str, float]] = data["retrieval"]
+    if not found:
+        return []
+    labels = list(dict.fromkeys(label for shares in found.values() for label in shares))
+    body: list[list[Cell]] = [
+        [label, *(100 * shares[label] if label in shares else None for shares in found.values())] for label in labels
+    ]
+    columns = [f"{int(tokens):,} tokens, %" for tokens in found]
+    return [Table(
+        "Retrieval, by config", ["what differs from the default", *columns], body,
+        note="Facts found, of those that dense attention finds, in the kind of context in which fewest are.",
+        formats=dict.fromkeys(columns, ".0f"),
+    )]
+
+
+def _retrieval_findings(found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What the default finds, and which configs find as much as dense."""
+    if not found:
+        return []
+    said = []
+    shares = [by_config["default"] for by_config in found.values() if "default" in by_config]
+    lengths = f"{int(min(found, key=int)):,} to {int(max(found, key=int)):,} tokens"
+    if shares:
+        said.append(f"Retrieval over {lengths}: the default finds {min(shares):.0%} to {max(shares):.0%} of the facts "
+                    "that dense attention finds"
+                    + (": where facts anywhere in the context must be found, do not use it."
+                       if min(shares) < 1 - EQUAL else "."))
+    least = {
+        label: min(by_config[label] for by_config in found.values())
+        for label in next(iter(found.values())) if all(label in by_config for by_config in found.values())
+    }
+    equal = [label for label, share in least.items() if share >= 1 - EQUAL]
+    best = max(least, key=least.__getitem__, default=None)
+    if equal:
+        said.append(f"Retrieval over {lengths}, at least {1 - EQUAL:.0%} of what dense finds everywhere: "
+                    f"{'; '.join(equal)}.")
+    elif best is not None:
+        said.append(f"Retrieval over {lengths}: no config tried finds {1 - EQUAL:.0%} of what dense finds everywhere; "
+                    f"the best is {best}, {least[best]:.0%} at worst.")
+    return said
+
+
 def findings(data: Mapping[str, Any]) -> list[str]:
     """What follows, in sentences."""
     said = []
@@ -92,6 +137,7 @@ def findings(data: Mapping[str, Any]) -> list[str]:
         beyond = [row["tokens"] for row in rows if row["quality_at"] and row["quality_at"] < row["tokens"]]
         if beyond:
             said.append(f"{name}: from {beyond[0]:,} tokens on quality was not measured; it is that of shorter texts.")
+    said += _retrieval_findings(data["retrieval"])
     said += [f"Missing: {what}." for what in data["missing"]]
     return said
 
