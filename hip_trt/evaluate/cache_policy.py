@@ -1,8 +1,8 @@
 """What a block cache does under a policy, simulated from a trace of its look-ups.
 
-Sizes are in blocks. Where nothing else is said, a cache is fully associative and every block that is missing is placed at
-once, by the one read over the bus that serves the look-up too. The shipped cache is filled between steps: a step reads what
-it misses where it is, as often as it looks it up, and what was missed is then read once more.
+Sizes are in blocks. Where nothing else is said, a cache is fully associative and every block that is missing is placed
+at once, by the one read over the bus that serves the look-up too. The shipped cache is filled between steps: a step
+reads what it misses where it is, as often as it looks it up, and what was missed is then read once more.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Simulation:
     """What happened in a cache, step by step.
 
     Attributes:
-        hits, misses, fills, evictions: [steps] int64, with the meaning of :class:`CacheCounts`. Only the shipped cache is
-            filled by reads of its own.
+        hits, misses, fills, evictions: [steps] int64, with the meaning of :class:`CacheCounts`. Only the shipped cache
+            is filled by reads of its own.
     """
 
     hits: NDArray[np.int64]
@@ -214,8 +214,8 @@ def shipped(blocks: list[int], steps: list[int], size: int, seed: int) -> bytear
     """The cache of plugins/cuda/block_cache_fill.cuh, with blocks placed one after the other, after each step.
 
     Hashes of a block name the sets of WAYS slots that it may be in. Of those slots the least recently used one is
-    replaced, unless the step has used it: then the block is not placed. Among equals it is the first way from the one that
-    the block names, in the first set.
+    replaced, unless the step has used it: then the block is not placed. Among equals it is the first way from the one
+    that the block names, in the first set.
     """
     met = bytearray(len(blocks))
     sets = size // WAYS
