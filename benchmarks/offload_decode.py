@@ -5,8 +5,9 @@
 A model of Llama-3.1-8B's geometry, batch 1, bfloat16: every matrix product of its layers with random weights, and
 HipAttention over rows that SmolLM2 gave on real text (offload_bench/recorded.py says how). For each length: resident,
 and offloaded with caches of --share of the resident cache, searched from the top in every step, and in every 8th and
-32nd. Steps are replayed CUDA graphs. Outputs and kept nodes of both are compared bit for bit, step by step, before
-timing. Writes offload_decode.json, .md and .png, after each length.
+32nd. Steps are replayed CUDA graphs. Resident is timed first, while there is nothing of the other; outputs and kept
+nodes of both are compared bit for bit, step by step, before the other is timed. Where the resident cache does not fit on
+the GPU, the offloaded one is timed alone. Writes offload_decode.json, .md and .png, after each length.
 """
 
 from __future__ import annotations
@@ -99,29 +100,40 @@ def run_length(
     geometry = Geometry(layers, KV_HEADS, KV_HEADS, HEAD_DIM, torch.bfloat16, 1, slots, slots, config)
     cut = Recording(recording.keys[:, -tokens:], recording.values[:, -tokens:], recording.queries)
     row: dict[str, Any] = {"tokens": tokens, "layers": layers, "config": config.model_dump(mode="json"), "runs": {}}
-    resident: list[tuple[Tensor, Tensor]] = [
-        (torch.empty(geometry.pool_shape, dtype=torch.bfloat16, device=device),
-         torch.empty(geometry.pool_shape, dtype=torch.bfloat16, device=device)) for _ in range(layers)
-    ]
-    row["resident_bytes"] = sum(pool.nbytes for pair in resident for pool in pair)
+    row["resident_bytes"] = layers * 2 * geometry.pool_bytes
+    warm_up = recording.steps - options.steps
+
+    def pools() -> tuple[Tensor, Tensor]:
+        return tuple(torch.empty(geometry.pool_shape, dtype=torch.bfloat16, device=device) for _ in range(2))
+
+    # Resident first, before there is anything of the other.
+    resident = None
+    if row["resident_bytes"] < 0.9 * torch.cuda.mem_get_info()[0]:
+        pairs = [pools() for _ in range(layers)]
+        for layer, pair in enumerate(pairs):
+            fill_pools(cut, layer, pair, table, committed)
+        resident = Decoder(library, config, cut, pairs, weights, table, committed)
+        for interval in INTERVALS:
+            row["runs"][str(interval)] = {"resident": measure(resident, interval, options.steps, warm_up, None)}
     begun = time.perf_counter()
     with OffloadedCache(geometry, offload, device=device, library=library) as cache:
         row["bank_s"] = time.perf_counter() - begun
-        fill_pools(cut, resident, table, committed)
-        for layer, pair in enumerate(resident):
-            for to, pool in zip(cache.pools(layer), pair, strict=True):
+        through = pools()
+        for layer in range(layers):
+            fill_pools(cut, layer, through, table, committed)
+            for to, pool in zip(cache.pools(layer), through, strict=True):
                 to.copy_(pool)
+        del through
         cache.forget()
-        decoders = [Decoder(library, config, cut, pools, weights, table, committed)
-                    for pools in (resident, [cache.pools(layer) for layer in range(layers)])]
-        row["equal_steps"] = same_bits(decoders[0], decoders[1], 8, min(options.checked, recording.steps))
-        warm_up = recording.steps - options.steps
+        offloaded = Decoder(library, config, cut, [cache.pools(layer) for layer in range(layers)], weights, table, committed)
+        if resident is not None:
+            row["equal_steps"] = same_bits(resident, offloaded, 8, min(options.checked, recording.steps))
         for interval in INTERVALS:
-            runs = {"resident": measure(decoders[0], interval, options.steps, warm_up, None),
-                    "offloaded": measure(decoders[1], interval, options.steps, warm_up, cache)}
-            runs["offloaded"]["kept"] = runs["offloaded"]["tokens_per_s"] / runs["resident"]["tokens_per_s"]
-            row["runs"][str(interval)] = runs
-        del decoders
+            runs = row["runs"].setdefault(str(interval), {})
+            runs["offloaded"] = measure(offloaded, interval, options.steps, warm_up, cache)
+            if resident is not None:
+                runs["offloaded"]["kept"] = runs["offloaded"]["tokens_per_s"] / runs["resident"]["tokens_per_s"]
+        del offloaded
     return row
 
 
@@ -129,16 +141,19 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """The table, one line a length and interval."""
     lines = [
         "| tokens | leaf_branch | layers | searched every | resident, tokens/s | offloaded, tokens/s | kept "
-        "| GPU bytes of KV | key hits | value hits | MB over the bus per token | of the bus |", "|---" * 12 + "|",
+        "| GPU bytes of KV | key hits | value hits | MB missed per token | MB over the bus per token | of the bus |",
+        "|---" * 13 + "|",
     ]
     for row in rows:
         for interval, runs in row["runs"].items():
-            one, other = runs["resident"], runs["offloaded"]
+            one, other = runs.get("resident"), runs["offloaded"]
             cells = [
                 f"{row['tokens'] // 1024}k", row["config"]["leaf_branch"], row["layers"], f"{interval} steps",
-                f"{one['tokens_per_s']:.1f}", f"{other['tokens_per_s']:.1f}", f"{other['kept']:.1%}",
+                f"{one['tokens_per_s']:.1f}" if one else "-", f"{other['tokens_per_s']:.1f}",
+                f"{other['kept']:.1%}" if one else "-",
                 f"{other['gpu_bytes'] / row['resident_bytes']:.1%}", f"{other['key_hit_ratio']:.1%}",
-                f"{other['value_hit_ratio']:.1%}", f"{other['bus_bytes_per_token'] / 1e6:.2f}",
+                f"{other['value_hit_ratio']:.1%}", f"{other['missed_bytes_per_token'] / 1e6:.2f}",
+                f"{other['bus_bytes_per_token'] / 1e6:.2f}",
                 f"{other['bus_share']:.0%}",
             ]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -160,8 +175,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         mine = [row for row in rows if row["config"]["leaf_branch"] == width]
         for interval, color in zip(INTERVALS, ("tab:red", "tab:orange", "tab:blue"), strict=True):
             for place, style in (("resident", "--"), ("offloaded", "-")):
-                panel.plot([row["tokens"] for row in mine],
-                           [row["runs"][str(interval)][place]["ms"] / row["layers"] * 32 for row in mine], style,
+                there = [row for row in mine if place in row["runs"][str(interval)]]
+                panel.plot([row["tokens"] for row in there],
+                           [row["runs"][str(interval)][place]["ms"] / row["layers"] * 32 for row in there], style,
                            color=color, marker="o", label=f"{place}, searched every {interval}")
         panel.set(xscale="log", xlabel="tokens", ylabel="ms per token, 32 layers", ylim=(0, None),
                   title=f"leaf_branch {width}")
@@ -198,6 +214,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=_length, nargs="+", default=[n * 1024 for n in (16, 64, 128)])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--share", type=float, help="caches, as a share of the resident cache; else the defaults")
+    parser.add_argument("--key-share", type=float, help="cache of keys, as a share of keys and values together")
+    parser.add_argument("--value-share", type=float, help="cache of values, likewise")
+    parser.add_argument("--name", default="offload_decode", help="of the files written")
     parser.add_argument("--leaf-branch", type=int, nargs="+", default=[HipConfig.create().leaf_branch])
     parser.add_argument("--decode-mask-k", type=int, default=HipConfig.create().decode_mask_k)
     parser.add_argument("--steps", type=int, default=128, help="steps that are timed; as many before fill the caches")
@@ -218,7 +237,10 @@ def main() -> None:
     gc.collect()
     torch.cuda.empty_cache()
     weights = [Weights.random(device) for _ in range(options.layers)]
-    offload = Offload.create() if options.share is None else Offload.of_share(options.share)
+    if options.share is None:
+        offload = Offload.create(key_cache=options.key_share, value_cache=options.value_share)
+    else:
+        offload = Offload.of_share(options.share)
     options.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for length in options.lengths:
@@ -230,10 +252,10 @@ def main() -> None:
             gc.collect()
             torch.cuda.empty_cache()
             content = {"environment": describe(library.path), "bus_bytes_per_s": BUS_BYTES_PER_S, "rows": rows}
-            (options.out / "offload_decode.json").write_text(json.dumps(content, indent=1))
-            (options.out / "offload_decode.md").write_text(markdown(rows))
+            (options.out / f"{options.name}.json").write_text(json.dumps(content, indent=1))
+            (options.out / f"{options.name}.md").write_text(markdown(rows))
             print(markdown(rows[-1:]).split("\n", 2)[2], end="", flush=True)
-    plot(rows, options.out / "offload_decode.png")
+    plot(rows, options.out / f"{options.name}.png")
     print(markdown(rows))
 
 

@@ -123,16 +123,15 @@ def _steps(recording: Recording, layers: int, start: int) -> tuple[Tensor, Tenso
 
 
 def fill_pools(
-    recording: Recording, pools: list[tuple[Tensor, Tensor]], page_table: Tensor, tokens: int
+    recording: Recording, layer: int, pools: tuple[Tensor, Tensor], page_table: Tensor, tokens: int
 ) -> None:
-    """Write rows [0, tokens) of the recording to every layer's pools; pages after them are NaN."""
-    for layer, pair in enumerate(pools):
-        for pool, name in zip(pair, ("keys", "values"), strict=True):
-            page_size = pool.shape[2]
-            rows = recording.rows(name, layer, KV_HEADS, 0, tokens)
-            whole = -(-tokens // page_size)
-            padded = rows.new_full((KV_HEADS, whole * page_size, HEAD_DIM), float("nan"))
-            padded[:, :tokens] = rows
-            pages = padded.view(KV_HEADS, whole, page_size, HEAD_DIM).transpose(0, 1).contiguous()
-            pool[page_table[0, :whole].long()] = pages
-            pool[page_table[0, whole:].long()] = float("nan")
+    """Write rows [0, tokens) of the recording to a layer's pools on the GPU; pages after them are NaN."""
+    for pool, name in zip(pools, ("keys", "values"), strict=True):
+        page_size = pool.shape[2]
+        rows = recording.rows(name, layer, KV_HEADS, 0, tokens)
+        whole = -(-tokens // page_size)
+        padded = rows.new_full((KV_HEADS, whole * page_size, HEAD_DIM), float("nan"))
+        padded[:, :tokens] = rows
+        pages = padded.view(KV_HEADS, whole, page_size, HEAD_DIM).transpose(0, 1).contiguous()
+        pool[page_table[0, :whole].long()] = pages
+        pool[page_table[0, whole:].long()] = float("nan")

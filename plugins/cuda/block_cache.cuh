@@ -36,7 +36,8 @@ struct BlockCache
     int row_bytes;
     unsigned events[HIP_TRT_CACHE_EVENTS];
 
-    __device__ BlockCache(const HipTrtBlockCache& cache, const void* pool, const Call& call, const uint64_t* counters)
+    __device__ BlockCache(
+        const HipTrtBlockCache& cache, const void* pool, int block_log2, int row_bytes, const uint64_t* counters)
         : pool(static_cast<const char*>(pool))
         , rows(static_cast<char*>(cache.rows))
         , owners(cache.owners)
@@ -44,8 +45,8 @@ struct BlockCache
         , missed(cache.missed)
         , blocks(cache.blocks)
         , step(static_cast<uint32_t>(*counters)) // steps that have ended
-        , block_log2(call.block_k_log2)
-        , row_bytes(call.row_bytes)
+        , block_log2(block_log2)
+        , row_bytes(row_bytes)
         , events{}
     {
     }
@@ -73,10 +74,16 @@ struct BlockCache
         return rows + static_cast<int64_t>(slot) * blockBytes();
     }
 
-    // Where each lane's block is: in the cache or in the pool. Undefined where not `wanted`. For all lanes of a warp.
-    __device__ __forceinline__ const char* find(uint32_t block, bool wanted)
+    // The slot of each lane's block; negative if it has none, or is not `wanted`.
+    __device__ __forceinline__ int slotOf(uint32_t block, bool wanted) const
     {
-        const int slot = wanted && blocks != 0 ? slots[block] - 1 : -1;
+        return wanted && blocks != 0 ? slots[block] - 1 : -1;
+    }
+
+    // Where each lane's block is, from its slot: in the cache or in the pool. Undefined where not `wanted`. For all lanes of a
+    // warp.
+    __device__ __forceinline__ const char* use(uint32_t block, bool wanted, int slot)
+    {
         const unsigned missing = __ballot_sync(kFullWarp, wanted && slot < 0);
         count(HIP_TRT_CACHE_HIT, __popc(__ballot_sync(kFullWarp, slot >= 0)));
         if (missing != 0)
@@ -121,23 +128,6 @@ struct BlockCache
             }
         }
     }
-
-    // Drop the copy of a block. One thread a block.
-    __device__ __forceinline__ void forget(uint32_t block)
-    {
-        if (blocks != 0 && slots[block] != 0)
-        {
-            owners[slots[block] - 1] = 0;
-            slots[block] = 0;
-        }
-    }
 };
-
-// Where a lane's row of the pool is now; undefined where not `wanted`. For all lanes of a warp, which may ask for a block each.
-__device__ __forceinline__ const char* findRow(BlockCache* cache, uint32_t row, bool wanted)
-{
-    return cache->find(row >> cache->block_log2, wanted)
-        + (row & ((1u << cache->block_log2) - 1)) * cache->row_bytes;
-}
 
 } // namespace hip_trt

@@ -57,6 +57,31 @@ __device__ __forceinline__ int chooseBlocks(const DecodeCall& decode, const Deco
     return min(decode.call.budget, nodes.count);
 }
 
+// Make this thread block's views of the caches, and bring the tables of slots into the L2 cache: lookups shall not go to memory
+// one after the other. Barrier to follow.
+__device__ __forceinline__ void openCaches(const DecodeCall& decode, const DecodeShared& shared)
+{
+    const HipTrtOffload& offload = decode.offload;
+    if (threadIdx.x == kWarpSize || threadIdx.x == 2 * kWarpSize) // other warps than those that load what all wait for
+    {
+        const bool is_key = threadIdx.x == kWarpSize;
+        new (shared.caches() + !is_key) BlockCache(is_key ? offload.keys : offload.values,
+            is_key ? offload.key_pool : offload.value_pool, decode.call.block_k_log2, decode.call.row_bytes, offload.counters);
+    }
+    constexpr int kLine = kPrefetchBytes / sizeof(int32_t);
+    constexpr int kMost = 1 << 19; // entries; of a larger table a step needs too small a part
+    const int index = ((blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x) * kDecodeThreads + threadIdx.x;
+    const int stride = gridDim.z * gridDim.y * gridDim.x * kDecodeThreads * kLine;
+    for (const HipTrtBlockCache* const cache : {&offload.keys, &offload.values})
+    {
+#pragma unroll 1
+        for (int i = index * kLine; cache->blocks != 0 && cache->pool_blocks <= kMost && i < cache->pool_blocks; i += stride)
+        {
+            prefetchToL2(cache->slots + i);
+        }
+    }
+}
+
 // Count the events of this thread block's caches.
 __device__ __forceinline__ void report(const DecodeCall& decode, const BlockCache* caches)
 {
@@ -131,6 +156,10 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
             reinterpret_cast<T*>(shared.queries()), heads, [&](int line) { return queries + line * D; });
     }
     commitCopies();
+    if constexpr (Pools<T, D>::kOffloaded)
+    {
+        openCaches(decode, shared);
+    }
     const QueryBlock block(call, place.b, 0);
     const bool refresh = *call.refresh_mask != 0;
     waitCopies<0>();
@@ -168,15 +197,6 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
         appendToken<T, D>(call, place, new_row);
     }
     const Pools<T, D> pools(decode, shared);
-    if constexpr (Pools<T, D>::kOffloaded)
-    {
-        if (threadIdx.x == 0)
-        {
-            new (shared.caches()) BlockCache(decode.offload.keys, call.present_key, call, decode.offload.counters);
-            new (shared.caches() + 1) BlockCache(decode.offload.values, call.present_value, call, decode.offload.counters);
-        }
-        __syncthreads();
-    }
 
     // Chosen blocks: all of list 2, if reused as they are; if searched, the marked ones of this thread block's share of
     // the last nodes.

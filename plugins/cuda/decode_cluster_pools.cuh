@@ -103,7 +103,9 @@ struct OffloadedPools
 
     __device__ __forceinline__ Block findKeys(uint32_t row, bool wanted, int other) const
     {
-        const Block block = reinterpret_cast<const T*>(findRow(caches, row, wanted));
+        const uint32_t block_in_pool = row >> caches->block_log2; // a node's row is the first of its block
+        const Block block = reinterpret_cast<const T*>(
+            caches->use(block_in_pool, wanted, caches->slotOf(block_in_pool, wanted)));
         const Block replacement = fromLane(block, other);
         return wanted ? block : replacement;
     }
@@ -122,10 +124,13 @@ struct OffloadedPools
     __device__ __forceinline__ Run findRun(uint32_t row, bool wanted, bool paired) const
     {
         const int lane = threadIdx.x % kWarpSize;
-        const bool follows = paired && lane % 2 == 1;
+        const bool follows = paired && lane % 2 == 1, own = wanted && !follows;
+        const uint32_t block = row >> caches->block_log2;
+        const int offset = (row & ((1u << caches->block_log2) - 1)) * D;
+        const int key_slot = caches[0].slotOf(block, own), value_slot = caches[1].slotOf(block, own); // on their way at once
         Run run;
-        run.key = reinterpret_cast<const T*>(findRow(caches, row, wanted && !follows));
-        run.value = reinterpret_cast<const T*>(findRow(caches + 1, row, wanted && !follows));
+        run.key = reinterpret_cast<const T*>(caches[0].use(block, own, key_slot)) + offset;
+        run.value = reinterpret_cast<const T*>(caches[1].use(block, own, value_slot)) + offset;
         const T* const key_before = fromLane(run.key, lane & ~1);
         const T* const value_before = fromLane(run.value, lane & ~1);
         return follows ? Run{key_before + 8 * D, value_before + 8 * D} : run;

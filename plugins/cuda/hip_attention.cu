@@ -110,14 +110,14 @@ cudaError_t runHeadDim(const Call& call, cudaStream_t stream)
 // One kernel does it all, and one after it fills the caches.
 cudaError_t decode(const Call& call, const HipTrtOffload* offload, cudaStream_t stream)
 {
-    cudaError_t error = offload != nullptr ? settleRound(*offload, stream) : cudaSuccess;
+    cudaError_t error = offload != nullptr ? beginDecode(*offload, stream) : cudaSuccess;
     if (error == cudaSuccess)
     {
         error = launchDecodeCluster(call, offload, stream);
     }
     if (error == cudaSuccess && offload != nullptr)
     {
-        error = fillCaches(call, *offload, stream);
+        error = endDecode(call, *offload, stream);
     }
     return error;
 }

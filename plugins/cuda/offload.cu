@@ -1,12 +1,11 @@
 #include "offload.cuh"
 
-#include "block_cache_fill.cuh"
+#include "block_cache.cuh"
 #include "launch.cuh"
 #include "offload_lane.cuh"
 
 #include <map>
 #include <mutex>
-#include <new>
 
 namespace hip_trt
 {
@@ -15,7 +14,6 @@ namespace
 {
 
 constexpr int kThreads = 256;
-constexpr int kFillBlocks = 16; // thread blocks that fill a cache: 128 blocks on their way at once keep the bus busy
 
 // What is attached, by key pool.
 std::mutex attached_mutex;
@@ -46,6 +44,16 @@ cudaError_t clearCache(const HipTrtBlockCache& cache, cudaStream_t stream)
     return error == cudaSuccess ? cudaMemsetAsync(cache.slots, 0, cache.pool_blocks * sizeof(int32_t), stream) : error;
 }
 
+// Drop the copy of a block.
+__device__ void forget(const HipTrtBlockCache& cache, uint32_t block)
+{
+    if (cache.blocks != 0 && cache.slots[block] != 0)
+    {
+        cache.owners[cache.slots[block] - 1] = 0;
+        cache.slots[block] = 0;
+    }
+}
+
 // A thread per block of new rows and key/value head.
 __global__ void __launch_bounds__(kThreads)
     forgetKernel(const __grid_constant__ Call call, const __grid_constant__ HipTrtOffload offload)
@@ -61,48 +69,8 @@ __global__ void __launch_bounds__(kThreads)
     }
     const uint32_t in_pool
         = static_cast<uint32_t>(PagedRows(call, b, head).row(block * block_k) >> call.block_k_log2);
-    BlockCache(offload.keys, call.present_key, call, offload.counters).forget(in_pool);
-    BlockCache(offload.values, call.present_value, call, offload.counters).forget(in_pool);
-}
-
-// After a step: place the blocks that it missed, a warp each, empty the lists, and count the step. blockIdx.y: keys, or values.
-__global__ void __launch_bounds__(kThreads)
-    fillKernel(const __grid_constant__ Call call, const __grid_constant__ HipTrtOffload offload)
-{
-    const bool is_key = blockIdx.y == 0;
-    Word* const counters = reinterpret_cast<Word*>(offload.counters);
-    BlockCache& cache = *reinterpret_cast<BlockCache*>(dynamicShared());
-    if (threadIdx.x == 0)
-    {
-        new (&cache) BlockCache(
-            is_key ? offload.keys : offload.values, is_key ? call.present_key : call.present_value, call, offload.counters);
-    }
-    __syncthreads();
-    const int count = cache.blocks == 0 ? 0 : min(cache.missed[0], cache.blocks);
-    const int warp = threadIdx.x / kWarpSize * gridDim.x + blockIdx.x;
-    for (int i = warp; i < count; i += gridDim.x * (kThreads / kWarpSize))
-    {
-        place(cache, static_cast<uint32_t>(cache.missed[HIP_TRT_CACHE_MISSED_HEADER + i]));
-    }
-    __syncthreads();
-    if (threadIdx.x < HIP_TRT_CACHE_EVENTS && cache.events[threadIdx.x] != 0)
-    {
-        Word* const events = counters + HIP_TRT_OFFLOAD_EVENTS_AT + blockIdx.y * HIP_TRT_CACHE_EVENTS;
-        atomicAdd(events + threadIdx.x, static_cast<Word>(cache.events[threadIdx.x]));
-    }
-    if (threadIdx.x == 0 && atomicAdd(counters + 1, static_cast<Word>(1)) == gridDim.x * gridDim.y - 1)
-    {
-        // All thread blocks have read the lists, and the step.
-        for (int32_t* const missed : {offload.keys.missed, offload.values.missed})
-        {
-            if (missed != nullptr)
-            {
-                missed[0] = 0;
-            }
-        }
-        counters[1] = 0;
-        ++counters[0];
-    }
+    forget(offload.keys, in_pool);
+    forget(offload.values, in_pool);
 }
 
 // Copy a call's new rows from the staging area, where `staged` has them, to its pools. A thread block per token.
@@ -152,13 +120,6 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// Launch on the layer's lane, if there may be work left after the call.
-template <typename Launch>
-cudaError_t beside(const HipTrtOffload& offload, cudaStream_t stream, Launch work)
-{
-    return offload.lane == nullptr || offload.last_layer ? work(stream) : offload.lane->fork(stream, offload.key_pool, work);
-}
-
 } // namespace
 
 bool findOffload(const Call& call, HipTrtOffload& offload)
@@ -173,15 +134,45 @@ bool findOffload(const Call& call, HipTrtOffload& offload)
     return true;
 }
 
+namespace
+{
+
+// Place what a decode step missed in the caches.
+cudaError_t fillCaches(const Call& call, const HipTrtOffload& offload, cudaStream_t stream)
+{
+    if (offload.keys.blocks == 0 && offload.values.blocks == 0)
+    {
+        return cudaSuccess;
+    }
+    const FillWork work{offload.keys, offload.values, offload.key_pool, offload.value_pool, offload.counters,
+        call.block_k_log2, call.row_bytes};
+    if (offload.lane == nullptr || offload.last_layer)
+    {
+        return launchFills(&work, 1, stream);
+    }
+    return offload.lane->fill(stream, work);
+}
+
+} // namespace
+
 cudaError_t settle(const HipTrtOffload& offload, cudaStream_t stream)
 {
     return offload.lane == nullptr ? cudaSuccess : offload.lane->join(stream);
 }
 
-cudaError_t settleRound(const HipTrtOffload& offload, cudaStream_t stream)
+cudaError_t beginDecode(const HipTrtOffload& offload, cudaStream_t stream)
 {
-    return offload.lane == nullptr ? cudaSuccess
-                                   : offload.lane->join(stream, offload.last_layer ? nullptr : offload.key_pool);
+    if (offload.lane == nullptr)
+    {
+        return cudaSuccess;
+    }
+    return offload.last_layer ? offload.lane->flush(stream) : offload.lane->beginLayer(stream, offload.key_pool);
+}
+
+cudaError_t endDecode(const Call& call, const HipTrtOffload& offload, cudaStream_t stream)
+{
+    const cudaError_t error = fillCaches(call, offload, stream);
+    return error == cudaSuccess && offload.last_layer ? settle(offload, stream) : error;
 }
 
 cudaError_t forgetWritten(const Call& call, const HipTrtOffload& offload, cudaStream_t stream)
@@ -192,22 +183,12 @@ cudaError_t forgetWritten(const Call& call, const HipTrtOffload& offload, cudaSt
     return launch(forgetKernel, dim3(grid, call.shape.batch), kThreads, 0, stream, call, offload);
 }
 
-cudaError_t fillCaches(const Call& call, const HipTrtOffload& offload, cudaStream_t stream)
-{
-    if (offload.keys.blocks == 0 && offload.values.blocks == 0)
-    {
-        return cudaSuccess;
-    }
-    return beside(offload, stream, [&](cudaStream_t beside) {
-        return launch(fillKernel, dim3(kFillBlocks, 2), kThreads, sizeof(BlockCache), beside, call, offload);
-    });
-}
-
 cudaError_t writeOut(const Call& call, const Call& staged, const HipTrtOffload& offload, cudaStream_t stream)
 {
-    return beside(offload, stream, [&](cudaStream_t beside) {
-        return launch(writeOutKernel, dim3(call.shape.new_tokens, call.shape.batch), kThreads, 0, beside, call, staged);
-    });
+    const auto work = [&](cudaStream_t on) {
+        return launch(writeOutKernel, dim3(call.shape.new_tokens, call.shape.batch), kThreads, 0, on, call, staged);
+    };
+    return offload.lane == nullptr || offload.last_layer ? work(stream) : offload.lane->fork(stream, work);
 }
 
 bool canStage(const Call& call, const HipTrtOffload& offload)
@@ -243,7 +224,15 @@ HipTrtStatus hipTrtOffloadAttach(const HipTrtOffload* offload)
 HipTrtStatus hipTrtOffloadDetach(const void* key_pool)
 {
     const std::lock_guard<std::mutex> lock(hip_trt::attached_mutex);
-    hip_trt::attached.erase(key_pool);
+    const auto found = hip_trt::attached.find(key_pool);
+    if (found != hip_trt::attached.end())
+    {
+        if (found->second.lane != nullptr)
+        {
+            found->second.lane->drop(key_pool);
+        }
+        hip_trt::attached.erase(found);
+    }
     return HIP_TRT_SUCCESS;
 }
 

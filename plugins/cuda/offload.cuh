@@ -13,11 +13,10 @@ bool findOffload(const Call& call, HipTrtOffload& offload);
 // Wait for what earlier calls left in the lane.
 cudaError_t settle(const HipTrtOffload& offload, cudaStream_t stream);
 
-// The same for a decode step: only the last layer waits. By then the caches of the others have had the time of a whole step.
-cudaError_t settleRound(const HipTrtOffload& offload, cudaStream_t stream);
-
-// Place what a decode step missed in the caches, beside the layers that follow.
-cudaError_t fillCaches(const Call& call, const HipTrtOffload& offload, cudaStream_t stream);
+// Before and after a decode step: caches are filled with what it missed, beside the layers that follow. Only the last layer
+// waits for that: by then the caches of the others have had the time of a whole step.
+cudaError_t beginDecode(const HipTrtOffload& offload, cudaStream_t stream);
+cudaError_t endDecode(const Call& call, const HipTrtOffload& offload, cudaStream_t stream);
 
 // Drop cached copies of the blocks that a call writes to its pools.
 cudaError_t forgetWritten(const Call& call, const HipTrtOffload& offload, cudaStream_t stream);

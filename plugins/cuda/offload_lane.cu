@@ -1,5 +1,6 @@
 #include "offload_lane.cuh"
 
+#include <algorithm>
 #include <memory>
 
 namespace
@@ -60,53 +61,118 @@ HipTrtOffloadLane::~HipTrtOffloadLane()
     }
 }
 
-cudaError_t HipTrtOffloadLane::fork(
-    cudaStream_t stream, const void* layer, const std::function<cudaError_t(cudaStream_t)>& work)
+// What was left by another capture, or outside of this one, cannot be joined in it.
+cudaError_t HipTrtOffloadLane::enter(cudaStream_t stream)
 {
-    const std::lock_guard<std::mutex> lock(mutex_);
     unsigned long long capture = 0;
     cudaError_t error = captureOf(stream, capture);
-    if (error == cudaSuccess)
+    if (error != cudaSuccess || capture == capture_)
     {
-        error = cudaEventRecord(forked_, stream);
+        return error;
     }
+    if (pending_ && capture_ == 0)
+    {
+        error = waitOnHost(done_);
+    } // else the capture has ended, and its graph has this work
+    pending_ = false;
+    first_ = nullptr;
+    fills_.clear();
+    capture_ = capture;
+    return error;
+}
+
+cudaError_t HipTrtOffloadLane::forkLocked(cudaStream_t stream, const std::function<cudaError_t(cudaStream_t)>& work)
+{
+    cudaError_t error = cudaEventRecord(forked_, stream);
     if (error == cudaSuccess)
     {
         error = cudaStreamWaitEvent(stream_, forked_, 0);
     }
     if (error == cudaSuccess)
     {
+        pending_ = true;
         error = work(stream_);
     }
-    if (error == cudaSuccess)
+    if (pending_)
     {
-        error = cudaEventRecord(done_, stream_);
+        const cudaError_t recorded = cudaEventRecord(done_, stream_);
+        error = error == cudaSuccess ? recorded : error;
     }
-    first_ = pending_ ? first_ : layer;
-    pending_ = error == cudaSuccess;
-    capture_ = capture;
     return error;
 }
 
-cudaError_t HipTrtOffloadLane::join(cudaStream_t stream, const void* layer)
+cudaError_t HipTrtOffloadLane::flushLocked(cudaStream_t stream)
 {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!pending_ || (layer != nullptr && layer != first_))
+    if (fills_.empty())
     {
         return cudaSuccess;
     }
-    unsigned long long capture = 0;
-    cudaError_t error = captureOf(stream, capture);
-    if (error == cudaSuccess && capture == capture_)
+    const cudaError_t error = forkLocked(stream, [this](cudaStream_t beside) {
+        return hip_trt::launchFills(fills_.data(), static_cast<int>(fills_.size()), beside);
+    });
+    fills_.clear();
+    return error;
+}
+
+cudaError_t HipTrtOffloadLane::joinLocked(cudaStream_t stream)
+{
+    cudaError_t error = flushLocked(stream);
+    if (error == cudaSuccess && pending_)
     {
         error = cudaStreamWaitEvent(stream, done_, 0);
     }
-    else if (error == cudaSuccess && capture_ == 0)
-    {
-        error = waitOnHost(done_);
-    } // else it belongs to a graph that has been captured, which has ended it
     pending_ = false;
+    first_ = nullptr;
     return error;
+}
+
+cudaError_t HipTrtOffloadLane::fork(cudaStream_t stream, const std::function<cudaError_t(cudaStream_t)>& work)
+{
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const cudaError_t error = enter(stream);
+    return error == cudaSuccess ? forkLocked(stream, work) : error;
+}
+
+cudaError_t HipTrtOffloadLane::fill(cudaStream_t stream, const hip_trt::FillWork& work)
+{
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const cudaError_t error = enter(stream);
+    if (error != cudaSuccess)
+    {
+        return error;
+    }
+    first_ = first_ == nullptr ? work.key_pool : first_;
+    fills_.push_back(work);
+    return fills_.size() < hip_trt::kFillsAtOnce ? cudaSuccess : flushLocked(stream);
+}
+
+cudaError_t HipTrtOffloadLane::flush(cudaStream_t stream)
+{
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const cudaError_t error = enter(stream);
+    return error == cudaSuccess ? flushLocked(stream) : error;
+}
+
+cudaError_t HipTrtOffloadLane::join(cudaStream_t stream)
+{
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const cudaError_t error = enter(stream);
+    return error == cudaSuccess ? joinLocked(stream) : error;
+}
+
+cudaError_t HipTrtOffloadLane::beginLayer(cudaStream_t stream, const void* key_pool)
+{
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const cudaError_t error = enter(stream);
+    return error == cudaSuccess && first_ == key_pool ? joinLocked(stream) : error;
+}
+
+void HipTrtOffloadLane::drop(const void* key_pool)
+{
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto of_layer = [key_pool](const hip_trt::FillWork& work) { return work.key_pool == key_pool; };
+    fills_.erase(std::remove_if(fills_.begin(), fills_.end(), of_layer), fills_.end());
+    first_ = first_ == key_pool ? nullptr : first_;
 }
 
 HipTrtStatus hipTrtOffloadLaneCreate(HipTrtOffloadLane** lane)

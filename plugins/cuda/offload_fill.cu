@@ -1,0 +1,72 @@
+#include "offload_fill.cuh"
+
+#include "block_cache_fill.cuh"
+#include "launch.cuh"
+
+#include <algorithm>
+#include <new>
+
+namespace hip_trt
+{
+
+namespace
+{
+
+constexpr int kThreads = 256;
+constexpr int kFillBlocks = 16; // thread blocks that fill a cache: 128 blocks on their way at once keep the bus busy
+
+struct FillWorks
+{
+    FillWork of[kFillsAtOnce];
+};
+
+// A warp per missed block; then the lists are emptied, and the step is counted. blockIdx.y: keys, or values; z: the layer.
+__global__ void __launch_bounds__(kThreads) fillKernel(const __grid_constant__ FillWorks works)
+{
+    const FillWork& work = works.of[blockIdx.z];
+    const bool is_key = blockIdx.y == 0;
+    Word* const counters = reinterpret_cast<Word*>(work.counters);
+    BlockCache& cache = *reinterpret_cast<BlockCache*>(dynamicShared());
+    if (threadIdx.x == 0)
+    {
+        new (&cache) BlockCache(is_key ? work.keys : work.values, is_key ? work.key_pool : work.value_pool,
+            work.block_k_log2, work.row_bytes, work.counters);
+    }
+    __syncthreads();
+    const int count = cache.blocks == 0 ? 0 : min(cache.missed[0], cache.blocks);
+    const int warp = threadIdx.x / kWarpSize * gridDim.x + blockIdx.x;
+    for (int i = warp; i < count; i += gridDim.x * (kThreads / kWarpSize))
+    {
+        place(cache, static_cast<uint32_t>(cache.missed[HIP_TRT_CACHE_MISSED_HEADER + i]));
+    }
+    __syncthreads();
+    if (threadIdx.x < HIP_TRT_CACHE_EVENTS && cache.events[threadIdx.x] != 0)
+    {
+        Word* const events = counters + HIP_TRT_OFFLOAD_EVENTS_AT + blockIdx.y * HIP_TRT_CACHE_EVENTS;
+        atomicAdd(events + threadIdx.x, static_cast<Word>(cache.events[threadIdx.x]));
+    }
+    if (threadIdx.x == 0 && atomicAdd(counters + 1, static_cast<Word>(1)) == gridDim.x * gridDim.y - 1)
+    {
+        // All thread blocks of the layer have read its lists, and the step.
+        for (int32_t* const missed : {work.keys.missed, work.values.missed})
+        {
+            if (missed != nullptr)
+            {
+                missed[0] = 0;
+            }
+        }
+        counters[1] = 0;
+        ++counters[0];
+    }
+}
+
+} // namespace
+
+cudaError_t launchFills(const FillWork* works, int count, cudaStream_t stream)
+{
+    FillWorks parameters{};
+    std::copy(works, works + count, parameters.of);
+    return launch(fillKernel, dim3(kFillBlocks, 2, count), kThreads, sizeof(BlockCache), stream, parameters);
+}
+
+} // namespace hip_trt
