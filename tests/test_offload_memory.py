@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pytest
 import torch
 from offload_host import FakeHost
 
+from hip_trt.cli.offload_report import table
 from hip_trt.config import HipConfig
 from hip_trt.errors import ConfigError, EnvironmentProblem, RuntimeInputError
 from hip_trt.offload import CacheCounts, Geometry, Offload, OffloadStats
 from hip_trt.offload.host_limits import HostMemoryLeft, host_memory_left, require_host_memory
 from hip_trt.offload.host_memory import HostMemory, host_for
 from hip_trt.offload.sizes import cache_sizes
+from hip_trt.offload.statistics import PrefillMeter, PrefillTraffic
 
 GIB = 1 << 30
 
@@ -231,6 +234,35 @@ def test_statistics() -> None:
     }
     assert values["layers"][1]["keys"]["hit_ratio"] is None
     assert values["values"]["hit_ratio"] == 35 / 45
+
+
+def test_prefill_is_counted_from_lengths() -> None:
+    """Pages of 16 tokens, 1,000 bytes a token. Rows that are idle stage nothing; a page is staged whole."""
+    meter = PrefillMeter(torch.device("cpu"), 16)
+    assert meter.traffic(16_000) == PrefillTraffic()
+
+    def lengths(*numbers: int) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int32)
+
+    with torch.inference_mode():
+        meter.count(lengths(0, 0), lengths(40, 3), staged=True)
+    meter.count(lengths(40, 3, 64), lengths(5, 0, 2), staged=True)
+    assert meter.traffic(16_000) == PrefillTraffic(50, (3 + 4) * 16_000, 50_000, 0)
+    meter.count(lengths(45), lengths(10), staged=False)
+    traffic = meter.traffic(16_000)
+    assert traffic == PrefillTraffic(60, 7 * 16_000, 60_000, 10)
+    stats = replace(STATS, prefill=traffic)
+    assert stats.to_json()["prefill"] == {
+        "tokens": 60, "staged_bytes": 112_000, "written_bytes": 60_000, "unstaged_tokens": 10,
+        "staged_bytes_per_token": 112_000 / 60, "written_bytes_per_token": 1000.0,
+    }
+    assert stats.bus_bytes == STATS.bus_bytes
+    assert table(stats).caption == (
+        "4 decoded tokens. Host memory: 32.0 MiB; GPU memory: 4.7% of that.\n"
+        "Prefill: 60 tokens; per token 1.8 KiB read over the bus and 1.0 KiB written. 10 of them without a staging "
+        "area: what they read is not counted."
+    )
+    assert "Prefill" not in str(table(STATS).caption)
 
 
 def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

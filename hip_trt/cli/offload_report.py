@@ -105,7 +105,20 @@ def table(stats: OffloadStats) -> Table:
         f"{stats.tokens:,} decoded tokens. Host memory: {stats.host_bytes / _MIB:,.1f} MiB; "
         f"GPU memory: {share:.1%} of that."
     )
+    if stats.prefill.tokens:
+        result.caption += f"\n{_prefill(stats)}"
     return result
+
+
+def _prefill(stats: OffloadStats) -> str:
+    prefill = stats.prefill
+    staged, written = (
+        f"{prefill.per_token(count) / 1024:,.1f} KiB" for count in (prefill.staged_bytes, prefill.written_bytes)
+    )
+    text = f"Prefill: {prefill.tokens:,} tokens; per token {staged} read over the bus and {written} written."
+    if prefill.unstaged_tokens:
+        text += f" {prefill.unstaged_tokens:,} of them without a staging area: what they read is not counted."
+    return text
 
 
 def _worst_and_best(layers: tuple[CacheCounts, ...]) -> tuple[str, str]:

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from hip_trt.errors import EnvironmentProblem, RuntimeInputError
 from hip_trt.offload.block_caches import CacheCounts
 
@@ -14,8 +17,80 @@ _NONE = CacheCounts(0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
+class PrefillTraffic:
+    """What prefill moved over the bus, all layers together.
+
+    Attributes:
+        tokens: of prompts, all sequences together.
+        staged_bytes: pages committed before, read to attend from: whole pages, once per layer and call.
+        written_bytes: new keys and values, written to host memory.
+        unstaged_tokens: those of ``tokens`` that no staging area served. Their calls read what they attend to where it
+            is, over the bus, and nothing counts that.
+    """
+
+    tokens: int = 0
+    staged_bytes: int = 0
+    written_bytes: int = 0
+    unstaged_tokens: int = 0
+
+    def per_token(self, count: int) -> float:
+        """A number of bytes per token of a prompt; 0 before the first."""
+        return count / self.tokens if self.tokens else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON values."""
+        return {
+            **asdict(self),
+            "staged_bytes_per_token": self.per_token(self.staged_bytes),
+            "written_bytes_per_token": self.per_token(self.written_bytes),
+        }
+
+
+class PrefillMeter:
+    """Adds up prefill calls, from their lengths: on the device where those are, so that nothing waits.
+
+    Args:
+        device: of the lengths.
+        page_size: tokens of a page.
+    """
+
+    def __init__(self, device: torch.device, page_size: int) -> None:
+        self._page_size = page_size
+        self._tokens, self._staged_pages, self._unstaged = (
+            torch.zeros((), dtype=torch.int64, device=device) for _ in range(3)
+        )
+
+    def count(self, past_lengths: Tensor, query_lengths: Tensor, *, staged: bool) -> None:
+        """One call.
+
+        Args:
+            past_lengths, query_lengths: [B] int32.
+            staged: whether the staging area served it.
+        """
+        tokens = query_lengths.sum()
+        # Not in place: a tensor made in inference mode may not be changed outside of it.
+        self._tokens = self._tokens + tokens
+        if staged:
+            pages = (past_lengths + (self._page_size - 1)) // self._page_size
+            self._staged_pages = self._staged_pages + (pages * (query_lengths > 0)).sum()
+        else:
+            self._unstaged = self._unstaged + tokens
+
+    def traffic(self, page_bytes: int) -> PrefillTraffic:
+        """Of all calls; waits for the device.
+
+        Args:
+            page_bytes: keys and values of a page, all layers together.
+        """
+        tokens = int(self._tokens)
+        return PrefillTraffic(
+            tokens, int(self._staged_pages) * page_bytes, tokens * (page_bytes // self._page_size), int(self._unstaged)
+        )
+
+
+@dataclass(frozen=True)
 class OffloadStats:
-    """Counts since the caches were made, or last reset. Decode steps only: prefill does not use the caches.
+    """Counts since the caches were made, or last reset. Blocks are counted in decode steps: prefill uses no caches.
 
     Attributes:
         keys, values: per layer, what each cache counted.
@@ -24,6 +99,7 @@ class OffloadStats:
         key_cache_bytes, value_cache_bytes: GPU memory of the caches, all layers.
         other_gpu_bytes: GPU memory that the caches need to know their blocks, and prefill's staging area where it is.
         host_bytes: the pools, keys and values of all layers: what a resident cache would take of the GPU.
+        prefill: what prefill moved, beside all this.
     """
 
     keys: tuple[CacheCounts, ...]
@@ -34,6 +110,7 @@ class OffloadStats:
     value_cache_bytes: int
     other_gpu_bytes: int
     host_bytes: int
+    prefill: PrefillTraffic = PrefillTraffic()
 
     @property
     def all_keys(self) -> CacheCounts:
@@ -78,6 +155,7 @@ class OffloadStats:
             "host_bytes": self.host_bytes,
             "keys": cache(self.all_keys),
             "values": cache(self.all_values),
+            "prefill": self.prefill.to_json(),
             "layers": [
                 {"keys": cache(keys), "values": cache(values)}
                 for keys, values in zip(self.keys, self.values, strict=True)
