@@ -100,8 +100,8 @@ def _dense_table(sections: Sequence[Mapping[str, Any]]) -> Table:
     return Table(
         "Dense attention beyond the model's context", ["tokens", "RoPE scaling", "text", *positions, "verdict"], body,
         note="By position, percent by which dense attention over everything predicts worse (+) or better (-) than the "
-        "unscaled model that sees at most its own context, on the same tokens. It works where no stretch beyond the "
-        f"model's context is more than {BROKEN:g}% worse.",
+        "unscaled model that sees at most its own context, on the same tokens. It works where no stretch "
+        f"is more than {BROKEN:g}% worse.",
         formats=dict.fromkeys(positions, "+.1f"),
     )
 
@@ -240,37 +240,40 @@ def _notes(data: Mapping[str, Any]) -> list[str]:
 def plot(data: Mapping[str, Any]) -> Any:
     """What draws the study: budget, refresh interval, dense beyond the model's context."""
     def draw(figure: Any) -> None:
-        long = [section for section in data["sections"] if _is_long(section)]
-        figure.set_size_inches(15, 6)
-        axes = figure.subplots(1, 3)
-        _plot_budget(axes[0], data["sections"][0])
-        _plot_intervals(axes[1], [section for section in data["sections"] if section["rows"]])
-        _plot_dense(axes[2], long)
+        read = [section for section in data["sections"] if section["rows"]]
+        figure.set_size_inches(19, 6.8)
+        axes = figure.subplots(1, 4)
+        for place, mode in zip(axes, _MODES, strict=False):
+            _plot_budget(place, read, mode)
+        _plot_intervals(axes[2], read)
+        _plot_dense(axes[3], [section for section in data["sections"] if _is_long(section)])
 
     return draw
 
 
-def _plot_budget(axes: Any, section: Mapping[str, Any]) -> None:
+def _plot_budget(axes: Any, sections: Sequence[Mapping[str, Any]], mode: str) -> None:
+    """Loss over the budget, and over a window that is longer by as much; a line style for each length."""
+    budget, default = ("mask_k" if mode == "prefill" else "decode_mask_k"), HipConfig.create()
     styles = {"hip": ("HiP", "black"), "exact": ("best blocks, all scored", "tab:green"),
-              "random": ("random blocks", "tab:red")}
-    for method, (label, color) in styles.items():
-        points = sorted(
-            (row["changes"].get("mask_k", HipConfig.create().mask_k), row["worst"]) for row in section["rows"]
-            if row["mode"] == "prefill" and row["method"] == method and "failed" not in row
-            and set(row["changes"]) <= {"mask_k"}
-        )
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=label, color=color)
-    points = sorted(
-        (row["changes"].get("window_tokens", 0) - 512, row["worst"]) for row in section["rows"]
-        if row["mode"] == "prefill" and row["method"] == "none" and row["changes"].get("window_tokens", 0) > 512
-    )
-    if points:
-        axes.plot(*zip(*points, strict=True), marker="o", label="a longer window instead", color="tab:blue")
+              "random": ("random blocks", "tab:red"), "none": ("a longer window instead", "tab:blue")}
+    usual = [section for section in sections if section["dtype"] == sections[0]["dtype"]]
+    for section, line in zip(usual, ("-", "--", ":", "-."), strict=False):
+        for method, (label, color) in styles.items():
+            field, start, base = (("window_tokens", default.window_tokens, default.window_tokens) if method == "none"
+                                  else (budget, getattr(default, budget), 0))
+            points = sorted(
+                (row["changes"].get(field, start) - base, row["worst"]) for row in section["rows"]
+                if row["mode"] == mode and row["method"] == method and "failed" not in row
+                and set(row["changes"]) <= {field}
+            )
+            points = [point for point in points if point[0] > 0]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", linestyle=line, color=color,
+                          label=f"{section['tokens']:,}: {label}")
     axes.axhline(GOAL, color="gray", linestyle=":")
-    axes.set(xlabel="mask_k, or what the window is longer by, tokens", ylabel="change of perplexity, worst text, %",
-             title=f"Prefill, {section['tokens']:,} tokens")
-    _finish(axes, (256, 512, 1024, 2048, 4096))
+    axes.set(xlabel=f"{budget}, or what the window is longer by, tokens", ylabel="change of perplexity, worst text, %",
+             title=_MODES[mode])
+    _finish(axes, (128, 256, 512, 1024, 2048, 4096))
 
 
 def _plot_intervals(axes: Any, sections: Sequence[Mapping[str, Any]]) -> None:
@@ -285,7 +288,8 @@ def _plot_intervals(axes: Any, sections: Sequence[Mapping[str, Any]]) -> None:
             if len(points) > 2:
                 axes.plot(*zip(*sorted(points), strict=True), marker="o", label=f"{section['tokens']:,}: {label}")
     axes.axhline(GOAL, color="gray", linestyle=":")
-    axes.set(xlabel="refresh interval, steps", ylabel="change of perplexity, worst text, %", title="Decode")
+    axes.set(xlabel="refresh interval, steps", ylabel="change of perplexity, worst text, %",
+             title="Decode, by refresh interval")
     _finish(axes, (1, 2, 4, 8, 16, 32, 64))
 
 
@@ -299,7 +303,7 @@ def _plot_dense(axes: Any, sections: Sequence[Mapping[str, Any]]) -> None:
                       label=section["scaling"])
     axes.axhline(BROKEN, color="gray", linestyle=":")
     axes.set(xlabel="position", ylabel="dense against its own context, worst text, %",
-             title=f"Dense over {longest:,} tokens, by RoPE scaling")
+             title=f"Dense, {longest:,} tokens, by RoPE scaling")
     axes.tick_params(axis="x", labelrotation=20)
     _finish(axes, ())
 
@@ -310,7 +314,9 @@ def _finish(axes: Any, ticks: Sequence[int]) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set_yscale("symlog", linthresh=1)
+    if all(value >= 0 for line in axes.get_lines() for value in line.get_ydata()):
+        axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+        axes.legend(fontsize=7, handlelength=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))

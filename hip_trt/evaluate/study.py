@@ -7,6 +7,7 @@ both can be made anew from the JSON file.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -168,7 +169,9 @@ def _save_plot(draw: Plot, path: Path) -> bool:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+    """Indented, but a list of numbers on one line."""
+    text = json.dumps(value, indent=1, allow_nan=False)
+    return re.sub(r"\[\n[-+\d.eE,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n"
 
 
 def _listed(facts: Mapping[str, Any]) -> str:
