@@ -15,6 +15,7 @@ from hip_trt.config import HipConfig
 from hip_trt.errors import RuntimeInputError
 from hip_trt.evaluate import recommend, recommend_report
 from hip_trt.evaluate.recommend import Curve, gather, speedup, work
+from hip_trt.evaluate.retrieval import WINDOW_ONLY
 from hip_trt.evaluate.study import Study
 
 DEFAULT = HipConfig.create()
@@ -24,7 +25,7 @@ MACHINE = {"gpu": "some GPU", "date": "2026-01-01"}
 def row(mode: str, worst: float, method: str = "hip", **changes: Any) -> dict[str, Any]:
     label = ", ".join(f"{name} {value}" for name, value in changes.items()) or "default"
     return {"mode": mode, "method": method, "label": label, "changes": changes, "worst": worst, "worst_text": "book",
-            "texts": {}}
+            "texts": {"book": {"error": 0.25}}}
 
 
 def section(tokens: int, *rows: dict[str, Any], dtype: str = "float16", scaling: str = "none",
@@ -37,7 +38,8 @@ def section(tokens: int, *rows: dict[str, Any], dtype: str = "float16", scaling:
 
 SECTIONS = (
     section(8192, row("prefill", 0.8), row("prefill", 0.4, mask_k=2048), row("prefill", 0.3, mask_k=4096),
-            row("prefill", 1.9, mask_k=512), row("prefill", 0.1, "exact", mask_k=256), row("decode", 0.6)),
+            row("prefill", 1.9, mask_k=512), row("prefill", 0.1, "exact", mask_k=256),
+            row("prefill", 0.2, mask_k=256, block_k=8), row("decode", 0.6)),
     section(16384, row("prefill", 1.5), row("prefill", 0.9, mask_k=2048), row("decode", 3.0), scaling="yarn",
             excess=1.2),
     section(8192, row("prefill", 9.0), dtype="float32"),
@@ -70,7 +72,7 @@ def advise(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
     return {(found["mode"], found["tokens"]): found for found in data["rows"]}
 
 
-def test_cheapest_config_within_each_budget(folder: Path) -> None:
+def test_smallest_budget_within_each_limit(folder: Path) -> None:
     write(folder, "break-even", {"curves": CURVES})
     rows = advise(folder)
     assert set(rows) == {("prefill", 4096), ("prefill", 8192), ("prefill", 16384), ("decode", 8192), ("decode", 16384)}
@@ -83,7 +85,7 @@ def test_cheapest_config_within_each_budget(folder: Path) -> None:
     assert at_8k["choices"][0]["work"] > 1 > at_8k["choices"][2]["work"]
     at_16k = rows["prefill", 16384]
     assert [choice and choice["label"] for choice in at_16k["choices"]] == [None, "mask_k 2048", "default"]
-    assert (at_16k["scaling"], at_16k["dense_works"], at_8k["dense_works"]) == ("yarn", False, True)
+    assert (at_16k["scaling"], at_16k["dense_works"], at_8k["dense_works"]) == ("yarn", "0 of 1", "1 of 1")
     assert rows["decode", 16384]["choices"] == [None, None, None]
     assert rows["prefill", 4096]["quality_at"] == 8192
 
@@ -94,15 +96,32 @@ def test_stay_dense_where_the_default_is_slower(folder: Path) -> None:
     said = recommend_report.findings(data)
     assert said[0] == ("Prefill: stay dense up to 4,096 tokens; of the lengths timed, the default is faster from 8,192 "
                        "on; 4.0 times as fast at 16,384.")
-    assert ("Prefill, loss up to 1%: default (+0.80%) at 8,192 tokens; mask_k 2048 (+0.90%) at 16,384 tokens."
-            in said)
+    assert ("Prefill, loss up to 1%: stay dense at 4,096 tokens; default (+0.80%) at 8,192 tokens; mask_k 2048 "
+            "(+0.90%) at 16,384 tokens." in said)
     study = recommend_report.study(data, command="c", parameters={}, measured_on={})
     lines = study.tables[0].texts()
-    assert lines[0][2:5] == ["stay dense"] * 3
-    assert lines[1] == ["8,192", "1.50", "mask_k 2048 (+0.40%, 1.2x)", "default (+0.80%, 1.5x)", "mask_k 512 (+1.90%)",
-                        "8,192", ""]
-    assert lines[2][-2] == "16,384, RoPE yarn, dense breaks there"
-    assert "none tried" in lines[2]
+    assert lines[0][2:5] == ["stay dense", "stay dense", "mask_k 512 (+1.90% ± 0.25)"]
+    assert lines[1] == ["8,192", "1.50", "mask_k 2048 (+0.40% ± 0.25, 1.2x)", "default (+0.80% ± 0.25, 1.5x)",
+                        "mask_k 512 (+1.90% ± 0.25)", "8,192", "", ""]
+    assert lines[2][-3] == "16,384, RoPE yarn, with which dense works on 0 of 1 texts"
+    assert "none tried suffices" in lines[2]
+
+
+def test_stay_dense_where_the_budget_that_suffices_is_slower(folder: Path) -> None:
+    """mask_k 2048 is slower than dense, so 4096, which was not timed, is too; the default is faster."""
+    slow = {**CURVES[3], "times": {"8192": 3.5}}
+    write(folder, "break-even", {"curves": [*CURVES[:3], slow]})
+    write(folder, "perplexity", {"sections": [
+        section(8192, row("prefill", 0.8), row("prefill", 0.6, mask_k=2048), row("prefill", 0.3, mask_k=4096))
+    ]})
+    data = recommend.recommend(gather(folder), (0.5, 0.7, 1.0))
+    study = recommend_report.study(data, command="c", parameters={}, measured_on={})
+    lines = study.tables[0].texts()
+    assert lines[1][2:5] == ["stay dense", "stay dense", "default (+0.80% ± 0.25, 1.5x)"]
+    assert lines[2][2:5] == ["at least mask_k 4096", "at least mask_k 2048", "at least default (4.0x)"]
+    said = recommend_report.findings(data)
+    assert ("Prefill, loss up to 0.7%: stay dense at 4,096 to 8,192 tokens; at least mask_k 2048 at 16,384 tokens."
+            in said)
 
 
 def test_speed_from_the_benchmarks(folder: Path) -> None:
@@ -120,7 +139,7 @@ def test_speed_from_the_benchmarks(folder: Path) -> None:
     assert rows["decode", 131072]["speedup"] == pytest.approx(30 / ((20 + 7 * 12) / 8))
     assert rows["prefill", 131072]["quality_at"] == 16384
     said = recommend_report.findings(recommend.recommend(gather(folder)))
-    assert "Prefill: from 131,072 tokens on quality was not measured; it is that of shorter texts." in said
+    assert "Prefill: from 131,072 tokens on quality was not measured." in said
     assert any("at every timed length, from 131,072 tokens on" in line for line in said)
 
 
@@ -151,7 +170,7 @@ def test_retrieval_counts_where_dense_finds(folder: Path) -> None:
 
     data: dict[str, Any] = {"rows": [
         outcome("easy", "dense", 8192, "1111111111"), outcome("easy", "default", 8192, "1111111110"),
-        outcome("easy", "mask_k 4096", 8192, "1111111111"),
+        outcome("easy", "mask_k 4096", 8192, "1111111111"), outcome("easy", WINDOW_ONLY, 8192, "1111111111"),
         outcome("hard", "dense", 8192, "1100000000"), outcome("hard", "default", 8192, "0000000000"),
         outcome("long", "dense", 16384, "1111111111"), outcome("long", "default", 16384, "1000000000"),
     ]}
@@ -162,15 +181,20 @@ def test_retrieval_counts_where_dense_finds(folder: Path) -> None:
         found = recommend.recommend(gather(folder))
     at = {row["tokens"]: row["retrieval"] for row in found["rows"] if row["mode"] == "prefill"}
     assert at == {8192: 0.9, 16384: 0.1}  # "hard" says nothing: dense itself fails
-    assert found["retrieval"]["8192"] == {"default": 0.9, "mask_k 4096": 1}
+    assert found["retrieval"]["8192"] == {"default": 0.9, "mask_k 4096": 1, WINDOW_ONLY: 1}
+    best = {row["tokens"]: row["retrieval_best"] for row in found["rows"] if row["mode"] == "prefill"}
+    assert best == {8192: {"label": "mask_k 4096", "share": 1}, 16384: {"label": "default", "share": 0.1}}
+    assert found["retrieval_of"] == {"8192": ["a model"], "16384": ["a model"]}
     said = "\n".join(recommend_report.findings(found))
-    assert "over 8,192 to 16,384 tokens: the default finds 10% to 90% of the facts" in said
+    assert "a model, 8,192 to 16,384 tokens: the default finds 10% to 90% of the facts" in said
     assert "do not use it" in said
     assert "the best is default, 10% at worst" in said  # the other was not tried everywhere
     del found["retrieval"]["16384"]
-    assert "at least 98% of what dense finds everywhere: mask_k 4096." in "\n".join(recommend_report.findings(found))
+    said = "\n".join(recommend_report.findings(found))
+    assert "at least 98% of what dense finds: mask_k 4096." in said
+    assert "do not use it" not in said
     study = recommend_report.study(found, command="", parameters={}, measured_on={})
-    assert study.tables[-1].texts() == [["default", "90"], ["mask_k 4096", "100"]]
+    assert study.tables[-1].texts() == [["default", "90"], ["mask_k 4096", "100"], [WINDOW_ONLY, "100"]]
 
 
 @pytest.mark.parametrize(

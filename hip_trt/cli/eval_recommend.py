@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hip_trt.cli.attention_options import command, finish, names
+from hip_trt.cli.attention_options import finish, names
 from hip_trt.cli.console import out as console
 from hip_trt.errors import RuntimeInputError
 
@@ -53,7 +54,7 @@ def recommend(
         raise RuntimeInputError(f"--budgets {budgets}: not allowed.", "Give percents above 0, such as 0.5,1,2.")
     data = recommendation.recommend(recommendation.gather(folder), losses)
     study = recommend_report.study(
-        data, command=command("recommend", folder, budgets=budgets), parameters={"budgets": losses},
+        data, command=_command(folder, budgets), parameters={"budgets": losses},
         measured_on={name: value for name, value in describe().items() if name in ("hip-trt", "date")},
     )
     if out is not None:
@@ -63,3 +64,9 @@ def recommend(
         console().print(table.markdown() + "\n", markup=False, highlight=False, soft_wrap=True)
     for finding in study.findings:
         console().print(f"- {finding}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _command(folder: Path, budgets: str) -> str:
+    """What to type to have it again; of a folder of this machine only its name."""
+    shown = Path(folder.name) if folder.is_absolute() else folder
+    return shlex.join(["hip-trt", "eval", "recommend", shown.as_posix(), "--budgets", budgets])

@@ -16,6 +16,7 @@ from hip_trt.bench import roofline
 from hip_trt.bench.geometry import LLAMA_8B
 from hip_trt.config import HipConfig
 from hip_trt.errors import RuntimeInputError
+from hip_trt.evaluate.perplexity_grid import METHODS
 from hip_trt.evaluate.perplexity_report import works
 from hip_trt.evaluate.retrieval import DENSE
 from hip_trt.evaluate.retrieval_report import PASSED, counts, of_dense
@@ -23,7 +24,10 @@ from hip_trt.evaluate.study import Study
 
 BUDGETS = (0.5, 1.0, 2.0)
 """Percent of perplexity that may be lost on the worst text."""
+BASELINES = (METHODS["exact"], METHODS["none"])
+"""Labels of retrieval's rows that are no config of HiP."""
 
+_BUDGET_FIELDS = {"prefill": "mask_k", "decode": "decode_mask_k"}
 _ONLY_DECODE = {"decode_mask_k", "reuse_level", "refresh_interval"}
 _ONLY_PREFILL = {"mask_k", "block_q", "stride_q"}
 
@@ -50,7 +54,7 @@ class Evidence:
     Attributes:
         sections: of the perplexity study, by mode rows, shortest text first; those of checks left out.
         curves: of one sequence.
-        retrieval: data of retrieval studies.
+        retrieval: data of retrieval studies, and "model", whose they are.
         sources: the files, with the machine and date of each.
         missing: what is not there, and how to make it.
     """
@@ -90,7 +94,8 @@ def gather(folder: str | Path) -> Evidence:
         else:
             found.missing.append(f"{name} ({how})")
     for path in sorted(folder.glob("eval_retrieval*.json")):
-        found.retrieval.append(_study(path, found).data)
+        study = _study(path, found)
+        found.retrieval.append({**study.data, "model": str(study.parameters.get("model", "a model"))})
     if not found.retrieval:
         found.missing.append("eval_retrieval*.json (facts found in long contexts: hip-trt eval retrieval)")
     return found
@@ -133,42 +138,63 @@ def _curve(mode: str, config: Mapping[str, Any] | None, times: Mapping[Any, floa
 def recommend(evidence: Evidence, budgets: Sequence[float] = BUDGETS) -> dict[str, Any]:
     """One row for each mode and length that was timed, or read by the perplexity study.
 
+    Only budgets (mask_k, decode_mask_k) are recommended: of dozens of configs that were tried, one that is within a
+    limit by chance would be picked, and loss falls with the budget as with nothing else.
+
     Returns:
-        {"rows", "retrieval": shares by length and config's label, "budgets", "missing", "sources"}. A row has mode;
-        tokens; speedup, of the default over the fastest dense kernel, None where it was not timed; exact, whether HiP
-        chooses everything; quality_at and scaling, the length and RoPE scaling of the texts that losses are of, and
-        whether dense_works there; retrieval, the share of what dense finds that the default finds; and choices, for
-        each budget the cheapest config, or None where none that was tried keeps within it: its changes, label, loss,
-        speedup, and work over the default's.
+        {"rows", "retrieval": shares by length and config's label, "retrieval_of": models by length, "budgets",
+        "missing", "sources"}. A row has mode; tokens; speedup, of the default over the fastest dense kernel, None where
+        it was not timed; exact, whether HiP chooses everything; quality_at and scaling, the length and RoPE scaling of
+        the texts that losses are of; dense_works, on how many of the texts; retrieval, the share of what dense finds
+        that the default finds; retrieval_best, the label and share of the config that finds most; and choices, for
+        each limit the smallest budget, or None where none that was tried keeps within it: its changes, label, loss,
+        error (of the loss), speedup, work over the default's, and dense: whether it, or a smaller budget, was timed
+        and is no faster than dense attention.
     """
     rows = []
-    for mode in ("prefill", "decode"):
+    for mode in _BUDGET_FIELDS:
         timed = {tokens for curve in evidence.curves if curve.mode.startswith(mode) and curve.config
                  for tokens in curve.times}
         read = {int(section["tokens"]) for section in evidence.sections if _rows(section, mode)}
         rows += [_row(evidence, mode, tokens, budgets) for tokens in sorted(timed | read)]
     lengths = sorted({row["tokens"] for data in evidence.retrieval for row in data["rows"]})
     found = {str(tokens): shares for tokens in lengths if (shares := retrieval(evidence.retrieval, tokens))}
-    return {"rows": rows, "retrieval": found, "budgets": list(budgets), "missing": evidence.missing,
-            "sources": evidence.sources}
+    models = {tokens: list(dict.fromkeys(data["model"] for data in evidence.retrieval if _judged(data, int(tokens))))
+              for tokens in found}
+    return {"rows": rows, "retrieval": found, "retrieval_of": models, "budgets": list(budgets),
+            "missing": evidence.missing, "sources": evidence.sources}
 
 
 def _row(evidence: Evidence, mode: str, tokens: int, budgets: Sequence[float]) -> dict[str, Any]:
     default = HipConfig.create()
     section = _nearest([part for part in evidence.sections if _rows(part, mode)], tokens)
-    kept = default.mask_k if mode == "prefill" else default.decode_mask_k
+    shares = retrieval(evidence.retrieval, tokens)
+    tried = [label for label in shares if label not in BASELINES]
+    best = max(tried, key=shares.__getitem__, default=None)
     return {
         "mode": mode, "tokens": tokens, "speedup": speedup(evidence.curves, default, mode, tokens),
-        "exact": tokens <= default.sink_tokens + default.window_tokens + kept,
+        "exact": tokens <= default.sink_tokens + default.window_tokens + getattr(default, _BUDGET_FIELDS[mode]),
         "quality_at": section and section["tokens"], "scaling": section and section["scaling"],
-        "dense_works": section is not None and all(works(entry) for entry in section["dense"].values()),
-        "retrieval": retrieval(evidence.retrieval, tokens).get("default"),
-        "choices": [_cheapest(evidence, section, mode, tokens, budget) for budget in budgets],
+        "dense_works": section and f"{sum(map(works, section['dense'].values()))} of {len(section['dense'])}",
+        "retrieval": shares.get("default"),
+        "retrieval_best": None if best is None else {"label": best, "share": shares[best]},
+        "choices": [_smallest(evidence, section, mode, tokens, budget) for budget in budgets],
     }
 
 
 def _rows(section: Mapping[str, Any], mode: str) -> list[dict[str, Any]]:
-    return [row for row in section["rows"] if row["mode"] == mode and row["method"] == "hip" and "worst" in row]
+    """The first one of a mode, and those that differ from it in the budget alone, smallest first."""
+    rows = [row for row in section["rows"] if row["mode"] == mode and row["method"] == "hip" and "worst" in row]
+    field = _BUDGET_FIELDS[mode]
+
+    def others(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in row["changes"].items() if name != field}
+
+    return sorted((row for row in rows if others(row) == others(rows[0])), key=lambda row: _budget(row, mode))
+
+
+def _budget(row: Mapping[str, Any], mode: str) -> int:
+    return int(getattr(HipConfig.create(**row["changes"]), _BUDGET_FIELDS[mode]))
 
 
 def _nearest(sections: Sequence[dict[str, Any]], tokens: int) -> dict[str, Any] | None:
@@ -176,17 +202,19 @@ def _nearest(sections: Sequence[dict[str, Any]], tokens: int) -> dict[str, Any] 
     return next((section for section in sections if section["tokens"] >= tokens), sections[-1] if sections else None)
 
 
-def _cheapest(
+def _smallest(
     evidence: Evidence, section: Mapping[str, Any] | None, mode: str, tokens: int, budget: float
 ) -> dict[str, Any] | None:
-    within = [row for row in _rows(section, mode) if row["worst"] <= budget] if section else []
-    if not within:
+    rows = _rows(section, mode) if section else []
+    row = next((row for row in rows if row["worst"] <= budget), None)
+    if row is None:
         return None
-    row = min(within, key=lambda row: (work(HipConfig.create(**row["changes"]), mode, tokens), row["worst"]))
-    config = HipConfig.create(**row["changes"])
+    times = [speedup(evidence.curves, HipConfig.create(**other["changes"]), mode, tokens)
+             for other in rows[:rows.index(row) + 1]]
     return {"label": row["label"], "changes": row["changes"], "loss": row["worst"], "text": row["worst_text"],
-            "speedup": speedup(evidence.curves, config, mode, tokens),
-            "work": work(config, mode, tokens) / work(HipConfig.create(), mode, tokens)}
+            "error": row["texts"].get(row["worst_text"], {}).get("error"),
+            "speedup": times[-1], "dense": any(time is not None and time <= 1 for time in times),
+            "work": work(HipConfig.create(**row["changes"]), mode, tokens) / work(HipConfig.create(), mode, tokens)}
 
 
 def work(config: HipConfig, mode: str, tokens: int) -> float:
@@ -237,13 +265,20 @@ def retrieval(studies: Sequence[Mapping[str, Any]], tokens: int) -> dict[str, fl
     kinds = 0
     for data in studies:
         rows = {(row["kind"], row["config"]): row for row in data["rows"] if row["tokens"] == tokens and "right" in row}
-        for (kind, config), dense in rows.items():
-            right, asked = counts(data, dense) if config == DENSE else (0, 0)
-            if not asked or right / asked < PASSED:
-                continue
+        for kind in _judged(data, tokens):
             kinds += 1
             for (other, label), row in rows.items():
                 if other == kind and label != DENSE:
                     found, of = of_dense(data, row)
                     shares.setdefault(label, []).append(found / of)
     return {label: min(found) for label, found in shares.items() if len(found) == kinds}
+
+
+def _judged(data: Mapping[str, Any], tokens: int) -> list[str]:
+    """Kinds of contexts in which dense attention finds enough at a length."""
+    kinds = []
+    for row in data["rows"]:
+        if row["tokens"] == tokens and row["config"] == DENSE and "right" in row:
+            right, asked = counts(data, row)
+            kinds += [row["kind"]] if asked and right / asked >= PASSED else []
+    return kinds

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hip_trt.evaluate.recommend import BASELINES
 from hip_trt.evaluate.retrieval_report import EQUAL
 from hip_trt.evaluate.study import Cell, Study, Table
 
 _MODES = {"prefill": "Prefill", "decode": "Decode"}
+FEW = 0.9
+"""Of what dense finds: a config that finds less is not to be used where facts must be found."""
 
 
 def study(
@@ -20,10 +23,11 @@ def study(
         tables=[*(_table(data, mode) for mode in _MODES if _of(data, mode)), *_retrieval_table(data)],
         findings=findings(data),
         notes=[
-            "Loss is the change of perplexity on the worst text of the perplexity study, at the length that the table "
-            "names: one small model, so a guide and no promise. Measure your own model before you rely on it.",
-            "Cheapest means the least work counted from the operator's definition for a layer of Llama-3.1-8B's "
-            "geometry: operations in prefill, bytes read in a decode step. Speed-up is over the fastest dense kernel, "
+            "Loss is the change of perplexity on the worst text of the perplexity study, ± its standard error, at the "
+            "length that the table names: one small model, so a guide and no promise. Measure your own model before "
+            "you rely on it.",
+            "Only budgets are recommended, the smallest that keeps within the limit: of dozens of configs that were "
+            "tried, one that does so by chance would be picked. Speed-up is over the fastest dense kernel, one layer, "
             "one sequence, where that very config was timed.",
             *(f"{name}: {what}." for name, what in data["sources"].items()),
         ],
@@ -35,19 +39,19 @@ def _of(data: Mapping[str, Any], mode: str) -> list[dict[str, Any]]:
 
 
 def _table(data: Mapping[str, Any], mode: str) -> Table:
-    body: list[list[Cell]] = []
-    for row in _of(data, mode):
-        body.append([
-            f"{row['tokens']:,}", row["speedup"], *(_cell(row, choice) for choice in row["choices"]),
-            _where(row),
-            None if row["retrieval"] is None else f"{row['retrieval']:.0%}",
-        ])
+    body: list[list[Cell]] = [
+        [f"{row['tokens']:,}", row["speedup"], *(_cell(row, choice) for choice in row["choices"]), _where(row),
+         *_facts(row)]
+        for row in _of(data, mode)
+    ]
     return Table(
         f"{_MODES[mode]}, by length",
         ["tokens", "default's speed-up", *(f"loss up to {budget:g}%" for budget in data["budgets"]),
-         "quality measured at", "default's retrieval"],
-        body, note="Stay dense where the default is not faster than dense. Retrieval: facts found, of those that dense "
-        "attention finds.", formats={"default's speed-up": ".2f"},
+         "quality measured at", "facts found, default", "facts found, best config"],
+        body, note="Stay dense: the budget that keeps within the limit, or a smaller one, is no faster than dense, for "
+        "one sequence; in batches decode is ahead from shorter lengths on (the study of break-even). At least: quality "
+        "was measured at a shorter length only, and losses grow with length. Facts: of those that dense attention "
+        "finds, in the kind of context in which fewest are.", formats={"default's speed-up": ".2f"},
     )
 
 
@@ -57,26 +61,39 @@ def _where(row: Mapping[str, Any]) -> str:
     if at is None:
         return ""
     words = [f"{at:,}"]
-    words += [f"RoPE {row['scaling']}"] if row["scaling"] != "none" else []
-    words += ["shorter texts"] if at < row["tokens"] else []
-    words += [] if row["dense_works"] else ["dense breaks there"]
+    if row["scaling"] != "none":
+        words += [f"RoPE {row['scaling']}, with which dense works on {row['dense_works']} texts"]
     return ", ".join(words)
 
 
+def _facts(row: Mapping[str, Any]) -> list[Cell]:
+    best = row["retrieval_best"]
+    return [None if row["retrieval"] is None else f"{row['retrieval']:.0%}",
+            None if best is None else f"{best['share']:.0%} ({best['label']})"]
+
+
 def _cell(row: Mapping[str, Any], choice: Mapping[str, Any] | None) -> str:
-    if stays_dense(row):
-        return "stay dense"
     if row["exact"]:
-        return "any: nothing is pruned"
+        return "stay dense" if stays_dense(row) else "any: nothing is pruned"
     if choice is None:
-        return "none tried"
-    speed = "" if choice["speedup"] is None else f", {choice['speedup']:.1f}x"
-    return f"{choice['label']} ({choice['loss']:+.2f}%{speed})"
+        return "stay dense" if stays_dense(row) else "none tried suffices"
+    if choice["dense"]:
+        return "stay dense"
+    speed = "" if choice["speedup"] is None else f"{choice['speedup']:.1f}x"
+    if beyond(row):
+        return f"at least {choice['label']}" + (f" ({speed})" if speed else "")
+    loss = f"{choice['loss']:+.2f}%" + ("" if choice["error"] is None else f" ± {choice['error']:.2f}")
+    return f"{choice['label']} ({', '.join(filter(None, [loss, speed]))})"
 
 
 def stays_dense(row: Mapping[str, Any]) -> bool:
     """Whether the default was timed at this length and is no faster than dense."""
     return row["speedup"] is not None and row["speedup"] <= 1
+
+
+def beyond(row: Mapping[str, Any]) -> bool:
+    """Whether quality was measured on shorter texts only."""
+    return row["quality_at"] is not None and row["quality_at"] < row["tokens"]
 
 
 def _retrieval_table(data: Mapping[str, Any]) -> list[Table]:
@@ -90,36 +107,54 @@ def _retrieval_table(data: Mapping[str, Any]) -> list[Table]:
     columns = [f"{int(tokens):,} tokens, %" for tokens in found]
     return [Table(
         "Retrieval, by config", ["what differs from the default", *columns], body,
-        note="Facts found, of those that dense attention finds, in the kind of context in which fewest are.",
+        note="Facts found, of those that dense attention finds, in the kind of context in which fewest are. "
+        + " ".join(f"{lengths}: {models}." for models, lengths in _by_model(data)),
         formats=dict.fromkeys(columns, ".0f"),
     )]
 
 
-def _retrieval_findings(found: Mapping[str, Mapping[str, float]]) -> list[str]:
+def _by_model(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Models of the retrieval studies, and their lengths."""
+    return [(models, _span(lengths)) for models, lengths in _lengths_by_model(data).items()]
+
+
+def _lengths_by_model(data: Mapping[str, Any]) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
+    for tokens in data["retrieval"]:
+        groups.setdefault(", ".join(data["retrieval_of"][tokens]), []).append(int(tokens))
+    return groups
+
+
+def _span(lengths: Sequence[int]) -> str:
+    return f"{lengths[0]:,}" + (f" to {lengths[-1]:,}" if len(lengths) > 1 else "") + " tokens"
+
+
+def _retrieval_findings(data: Mapping[str, Any]) -> list[str]:
     """What the default finds, and which configs find as much as dense."""
-    if not found:
-        return []
     said = []
-    shares = [by_config["default"] for by_config in found.values() if "default" in by_config]
-    lengths = f"{int(min(found, key=int)):,} to {int(max(found, key=int)):,} tokens"
-    if shares:
-        said.append(f"Retrieval over {lengths}: the default finds {min(shares):.0%} to {max(shares):.0%} of the facts "
-                    "that dense attention finds"
-                    + (": where facts anywhere in the context must be found, do not use it."
-                       if min(shares) < 1 - EQUAL else "."))
-    least = {
-        label: min(by_config[label] for by_config in found.values())
-        for label in next(iter(found.values())) if all(label in by_config for by_config in found.values())
-    }
-    equal = [label for label, share in least.items() if share >= 1 - EQUAL]
-    best = max(least, key=least.__getitem__, default=None)
-    if equal:
-        said.append(f"Retrieval over {lengths}, at least {1 - EQUAL:.0%} of what dense finds everywhere: "
-                    f"{'; '.join(equal)}.")
-    elif best is not None:
-        said.append(f"Retrieval over {lengths}: no config tried finds {1 - EQUAL:.0%} of what dense finds everywhere; "
-                    f"the best is {best}, {least[best]:.0%} at worst.")
+    for models, lengths in _lengths_by_model(data).items():
+        found = [data["retrieval"][str(tokens)] for tokens in lengths]
+        what = f"Retrieval, {models}, {_span(lengths)}"
+        shares = [by_config["default"] for by_config in found if "default" in by_config]
+        if shares:
+            said.append(f"{what}: the default finds {_percents(shares)} of the facts that dense attention finds"
+                        + (": where facts anywhere in such a context must be found, do not use it."
+                           if min(shares) < FEW else "."))
+        least = {label: min(by_config[label] for by_config in found) for label in found[0]
+                 if label not in BASELINES and all(label in by_config for by_config in found)}
+        equal = [label for label, share in least.items() if share >= 1 - EQUAL]
+        best = max(least, key=least.__getitem__, default=None)
+        if equal:
+            said.append(f"{what}, at least {1 - EQUAL:.0%} of what dense finds: {'; '.join(equal)}.")
+        elif best is not None:
+            said.append(f"{what}: no config tried finds {1 - EQUAL:.0%} of what dense finds in every kind of context; "
+                        f"the best is {best}, {least[best]:.0%} at worst.")
     return said
+
+
+def _percents(shares: Sequence[float]) -> str:
+    low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+    return low if low == high else f"{low} to {high}"
 
 
 def findings(data: Mapping[str, Any]) -> list[str]:
@@ -131,13 +166,13 @@ def findings(data: Mapping[str, Any]) -> list[str]:
         if timed:
             said.append(f"{name}: {_when(timed)}")
         for number, budget in enumerate(data["budgets"]):
-            useful = [row for row in rows if not stays_dense(row) and not row["exact"] and row["quality_at"]]
+            useful = [row for row in rows if not row["exact"] and row["quality_at"]]
             if useful:
                 said.append(f"{name}, loss up to {budget:g}%: {_ranges(useful, number)}.")
-        beyond = [row["tokens"] for row in rows if row["quality_at"] and row["quality_at"] < row["tokens"]]
-        if beyond:
-            said.append(f"{name}: from {beyond[0]:,} tokens on quality was not measured; it is that of shorter texts.")
-    said += _retrieval_findings(data["retrieval"])
+        unknown = [row["tokens"] for row in rows if beyond(row)]
+        if unknown:
+            said.append(f"{name}: from {unknown[0]:,} tokens on quality was not measured.")
+    said += _retrieval_findings(data)
     said += [f"Missing: {what}." for what in data["missing"]]
     return said
 
@@ -161,12 +196,14 @@ def _ranges(rows: Sequence[Mapping[str, Any]], number: int) -> str:
     groups: list[tuple[str, list[int]]] = []
     for row in rows:
         choice = row["choices"][number]
-        label = "no config that was tried" if choice is None else f"{choice['label']} ({choice['loss']:+.2f}%)"
+        if choice["dense"] if choice else stays_dense(row):
+            label = "stay dense"
+        elif choice is None:
+            label = "no budget tried suffices"
+        else:
+            label = f"at least {choice['label']}" if beyond(row) else f"{choice['label']} ({choice['loss']:+.2f}%)"
         if groups and groups[-1][0] == label:
             groups[-1][1].append(row["tokens"])
         else:
             groups.append((label, [row["tokens"]]))
-    return "; ".join(
-        f"{label} at {lengths[0]:,}" + (f" to {lengths[-1]:,}" if len(lengths) > 1 else "") + " tokens"
-        for label, lengths in groups
-    )
+    return "; ".join(f"{label} at {_span(lengths)}" for label, lengths in groups)
