@@ -170,7 +170,7 @@ def test_retrieval_counts_where_dense_finds(folder: Path) -> None:
 
     data: dict[str, Any] = {"rows": [
         outcome("easy", "dense", 8192, "1111111111"), outcome("easy", "default", 8192, "1111111110"),
-        outcome("easy", "mask_k 4096", 8192, "1111111111"), outcome("easy", WINDOW_ONLY, 8192, "1111111111"),
+        outcome("easy", WINDOW_ONLY, 8192, "1111111111"), outcome("easy", "mask_k 4096", 8192, "1111111111"),
         outcome("hard", "dense", 8192, "1100000000"), outcome("hard", "default", 8192, "0000000000"),
         outcome("long", "dense", 16384, "1111111111"), outcome("long", "default", 16384, "1000000000"),
     ]}
@@ -194,7 +194,7 @@ def test_retrieval_counts_where_dense_finds(folder: Path) -> None:
     assert "at least 98% of what dense finds: mask_k 4096." in said
     assert "do not use it" not in said
     study = recommend_report.study(found, command="", parameters={}, measured_on={})
-    assert study.tables[-1].texts() == [["default", "90"], ["mask_k 4096", "100"], [WINDOW_ONLY, "100"]]
+    assert study.tables[-1].texts() == [["default", "90"], [WINDOW_ONLY, "100"], ["mask_k 4096", "100"]]
 
 
 @pytest.mark.parametrize(
