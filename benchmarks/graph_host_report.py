@@ -7,6 +7,8 @@ real text: greedy tokens by the graph host under the runtime's generator, by the
 kernels, and by the same on the reference; logits of each step where all are given the reference's tokens; and all of it
 with the KV cache in host memory. docs/verification.md says what the graph host is. Exits with 1 if anything differs.
 
+Models that an earlier run left in ``--out``, after the same prompt, stay in the report unless they are measured anew.
+
 An .onnx may come without its weights, if it was exported from the sample with weights copied: they are made again, and
 must have the checksum that they had at the export.
 """
@@ -92,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit(f"{options.models}: no folder with a model.onnx")
     text = texts.manual()
     prompt = _prompt(options, text.content)
-    results: dict[str, Any] = {}
+    results = earlier(options.out, _parameters(options, text))
+    if results:
+        say(f"kept from an earlier run: {', '.join(results)}")
     wrong: list[str] = []
     offload = Offload.create(key_cache=options.cache_share, value_cache=options.cache_share)
     for number, folder in enumerate(folders):
@@ -107,15 +111,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file, plugin, device=device, limits=Limits(1, PREFILL, len(prompt) + options.steps)
         )
         say(f"{folder.name}: ready")
-        results[folder.name] = result = measure(
+        result = measure(
             executor, model.to(device), prompt, options.steps, offload=offload if device.type == "cuda" else None,
             say=partial(_say_of, say, folder.name),
         )
+        results[folder.name] = {**result, "measured_on": machine.describe(device, path)}
         found = failures(result, logits=LOGIT_ERRORS[executor.spec.dtype])
         for line in found or ["all agree"]:
             say(f"{folder.name}: {line}")
         wrong += [f"{folder.name}: {line}" for line in found]
-        report = _report(results, options, text, machine.describe(device, path))
+        report = _report(results, options, text, results[folder.name]["measured_on"])
         files = report.write(options.out, {"": partial(plot, results)})
     print("\n\n".join(["", *(table.markdown() for table in report.tables[:-1]), *wrong, *map(str, files)]))
     return 1 if wrong else 0
@@ -148,16 +153,30 @@ def _prompt(options: argparse.Namespace, text: str) -> list[int]:
     return tokens[: options.prompt]
 
 
+def _parameters(options: argparse.Namespace, text: texts.Text) -> dict[str, Any]:
+    return {
+        "sample": options.sample.name, "prompt": f"{options.prompt} tokens of {text.source} ({text.sha256})",
+        "steps": options.steps, "cache share": options.cache_share,
+        "plugin loaded by": options.tensorrt.name if options.tensorrt else "the graph host itself",
+    }
+
+
+def earlier(folder: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Results by model that a folder holds, each with the machine that it was measured on; none of other parameters."""
+    file = folder / "graph_host.json"
+    if not file.is_file():
+        return {}
+    study = Report.read(file)
+    if study.parameters != parameters:
+        return {}
+    return {name: {"measured_on": study.measured_on, **result} for name, result in study.data.items()}
+
+
 def _report(results: Mapping[str, Any], options: argparse.Namespace, text: texts.Text, where: Any) -> Report:
     command = f"python benchmarks/graph_host_report.py --models MODELS --sample {options.sample.name}"
     return Report(
         name="graph_host", title="The exported graph and the TensorRT plugin, executed together",
-        command=command, parameters={
-            "sample": options.sample.name, "prompt": f"{options.prompt} tokens of {text.source} ({text.sha256})",
-            "steps": options.steps, "cache share": options.cache_share,
-            "plugin loaded by": options.tensorrt.name if options.tensorrt else "the graph host itself",
-        },
-        measured_on=where, data=dict(results),
+        command=command, parameters=_parameters(options, text), measured_on=where, data=dict(results),
         tables=[
             table for table in (agreement_table(results), offload_table(results), step_table(results)) if table.rows
         ],
@@ -169,6 +188,10 @@ def _report(results: Mapping[str, Any], options: argparse.Namespace, text: texts
             "kernels, on the same device in the same type. All are given its tokens for the logits.",
             f"Prefill in chunks of {PREFILL}; present pools are the past pools; a search from the top every "
             "refresh_interval steps.",
+            *(
+                f"{name} was measured on {other['date']}, with the library {other.get('library_sha256')}."
+                for name, result in results.items() if (other := result.get("measured_on", where)) != where
+            ),
         ],
     )
 

@@ -322,6 +322,14 @@ def test_report(tmp_path: Path) -> None:
         f"| 1 | {errors['max_abs'][1]:.1e} | {errors['max_rel'][1]:.1e} |", "prompt 2000 tokens of Python's language",
     ):
         assert part in page
+    found = graph_host_report.earlier(tmp_path, report.parameters)
+    assert found == {"some model": {**json.loads(json.dumps(result)), "measured_on": {"gpu": "none"}}}
+    assert not graph_host_report.earlier(tmp_path, {**report.parameters, "steps": 4})
+    assert not graph_host_report.earlier(tmp_path / "absent", report.parameters)
+    found["another"] = {**result, "measured_on": {"date": "yesterday", "library_sha256": "abc"}}
+    both = graph_host_report._report(found, options, manual(), {"gpu": "none"})
+    assert "another was measured on yesterday, with the library abc." in both.markdown()
+    assert "some model was measured" not in both.markdown()
 
 
 # A file that is not what it was
