@@ -1,0 +1,101 @@
+"""Layers that share a lane and a staging area, on emulated kernels: what a round leaves, the next one finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from emulated import EmulatedLibrary, build, compiler
+from offload_host import FakeHost, nothing_left
+from offload_stack import Stack, assert_same
+from offload_steps import CONFIG
+
+from hip_trt.library import Library
+from hip_trt.offload import Geometry, Offload, OffloadedCache, OffloadStats
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+LAYERS, BATCH, SLOTS = 3, 2, 8
+GEOMETRY = Geometry(LAYERS, 2, 2, 64, torch.float16, BATCH, BATCH * SLOTS, SLOTS, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def library() -> Library:
+    return EmulatedLibrary(build())
+
+
+@contextmanager
+def stack(library: Library, offload: Offload | None) -> Iterator[Stack]:
+    if offload is None:
+        pools = [(torch.empty(GEOMETRY.pool_shape).half(), torch.empty(GEOMETRY.pool_shape).half())
+                 for _ in range(LAYERS)]
+        yield Stack(library, pools, batch=BATCH, query_heads=4, config=CONFIG)
+        return
+    host = FakeHost()
+    with nothing_left(host), OffloadedCache(
+        GEOMETRY, offload, device=torch.device("cpu"), host=host, library=library
+    ) as cache:
+        pools = [cache.pools(layer) for layer in range(LAYERS)]
+        yield Stack(library, pools, batch=BATCH, query_heads=4, config=CONFIG, cache=cache)
+
+
+def compare(library: Library, offload: Offload, play: Callable[[Stack], None]) -> OffloadStats:
+    """Play on resident pools and on offloaded ones: the same bits. Returns what the caches did."""
+    with stack(library, None) as resident, stack(library, offload) as offloaded:
+        play(resident)
+        play(offloaded)
+        assert_same(offloaded, resident)
+        assert offloaded.cache is not None
+        return offloaded.cache.stats()
+
+
+@pytest.mark.parametrize("offload", [
+    Offload(key_cache=0.25, value_cache=0.25), Offload(key_cache=0.5, value_cache=0.5, release_staging=False),
+    Offload(key_cache=0.25, value_cache=0.25, staging_tokens=0),
+], ids=["tiny", "whole", "no staging"])
+def test_chunks_between_steps(library: Library, offload: Offload) -> None:
+    def play(stack: Stack) -> None:
+        stack.prefill([100, 61], chunk=48)
+        stack.decode(4)
+        stack.prefill([40, 3], chunk=16)
+        stack.decode(3)
+
+    stats = compare(library, offload, play)
+    for counts in (*stats.keys, *stats.values):
+        assert counts.hits > 0
+        assert counts.fills > 0
+
+
+def test_rounds_that_are_broken_off(library: Library) -> None:
+    """Only the first layers are called, then all again, from the same lengths on."""
+    def play(stack: Stack) -> None:
+        stack.interrupted_prefill(30, layers=2)
+        stack.prefill([90, 50], chunk=64)
+        stack.decode(2)
+        stack.decode(1, layers=2)
+        stack.decode(3)
+        stack.decode(2, layers=1)
+        stack.interrupted_prefill(5, layers=1)
+        stack.decode(2)
+        stack.decode(1, layers=2)
+        stack.prefill([12, 20], chunk=64)
+        stack.decode(3)
+
+    compare(library, Offload(key_cache=0.25, value_cache=0.25), play)
+
+
+def test_one_layer_needs_no_lane(library: Library) -> None:
+    host = FakeHost()
+    geometry = Geometry(1, 2, 2, 64, torch.float16, 1, SLOTS, SLOTS, CONFIG)
+    results = []
+    with nothing_left(host), OffloadedCache(
+        geometry, Offload(key_cache=0.5, value_cache=0.5), device=torch.device("cpu"), host=host, library=library
+    ) as cache:
+        resident = [(torch.empty(geometry.pool_shape).half(), torch.empty(geometry.pool_shape).half())]
+        for pools, offloaded in (([cache.pools(0)], cache), (resident, None)):
+            stack = Stack(library, pools, batch=1, query_heads=4, config=CONFIG, cache=offloaded)
+            stack.prefill([100], chunk=64)
+            stack.decode(4)
+            results.append(stack)
+        assert_same(*results)
