@@ -28,6 +28,7 @@ class FakeHost:
     Attributes:
         registered: bytes by address, now.
         allocated: likewise, memory of the driver's own.
+        most_held: ranges at once, at most.
         waits: calls of synchronize.
         refuse: registrations and allocations left until it refuses; None: never.
     """
@@ -37,7 +38,7 @@ class FakeHost:
     def __init__(self) -> None:
         self.registered: dict[int, int] = {}
         self.allocated: dict[int, Any] = {}
-        self.waits = 0
+        self.most_held = self.waits = 0
         self.refuse_registration = False
         self.refuse: int | None = None
 
@@ -54,6 +55,7 @@ class FakeHost:
         assert not any(start < address + size and address < start + held for start, held in self.registered.items())
         ctypes.memset(address, 0xFF, size)  # NaN in every type: what is undefined must not show
         self.registered[address] = size
+        self.most_held = max(self.most_held, self.held)
         return address
 
     def unregister(self, address: int) -> None:
@@ -65,6 +67,7 @@ class FakeHost:
         memory = (ctypes.c_uint8 * size)()
         address = ctypes.addressof(memory)
         self.allocated[address] = memory
+        self.most_held = max(self.most_held, self.held)
         return address, address
 
     def free(self, address: int) -> None:
