@@ -2,6 +2,7 @@
 
 #include "block_cache.cuh"
 #include "launch.cuh"
+#include "offload_fill.cuh"
 #include "offload_lane.cuh"
 
 #include <map>
@@ -120,6 +121,14 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
+// Launch on the layer's lane, if work may be left there.
+template <typename Launch>
+cudaError_t beside(const HipTrtOffload& offload, cudaStream_t stream, Launch work)
+{
+    return offload.lane == nullptr || offload.last_layer ? work(stream)
+                                                         : offload.lane->fork(stream, offload.key_pool, work);
+}
+
 } // namespace
 
 bool findOffload(const Call& call, HipTrtOffload& offload)
@@ -134,27 +143,6 @@ bool findOffload(const Call& call, HipTrtOffload& offload)
     return true;
 }
 
-namespace
-{
-
-// Place what a decode step missed in the caches.
-cudaError_t fillCaches(const Call& call, const HipTrtOffload& offload, cudaStream_t stream)
-{
-    if (offload.keys.blocks == 0 && offload.values.blocks == 0)
-    {
-        return cudaSuccess;
-    }
-    const FillWork work{offload.keys, offload.values, offload.key_pool, offload.value_pool, offload.counters,
-        call.block_k_log2, call.row_bytes};
-    if (offload.lane == nullptr || offload.last_layer)
-    {
-        return launchFills(&work, 1, stream);
-    }
-    return offload.lane->fill(stream, work);
-}
-
-} // namespace
-
 cudaError_t settle(const HipTrtOffload& offload, cudaStream_t stream)
 {
     return offload.lane == nullptr ? cudaSuccess : offload.lane->join(stream);
@@ -166,13 +154,18 @@ cudaError_t beginDecode(const HipTrtOffload& offload, cudaStream_t stream)
     {
         return cudaSuccess;
     }
-    return offload.last_layer ? offload.lane->flush(stream) : offload.lane->beginLayer(stream, offload.key_pool);
+    return offload.last_layer ? offload.lane->join(stream) : offload.lane->beginLayer(stream, offload.key_pool);
 }
 
 cudaError_t endDecode(const Call& call, const HipTrtOffload& offload, cudaStream_t stream)
 {
-    const cudaError_t error = fillCaches(call, offload, stream);
-    return error == cudaSuccess && offload.last_layer ? settle(offload, stream) : error;
+    if (offload.keys.blocks == 0 && offload.values.blocks == 0)
+    {
+        return cudaSuccess;
+    }
+    const FillWork work{offload.keys, offload.values, offload.key_pool, offload.value_pool, offload.counters,
+        call.block_k_log2, call.row_bytes};
+    return beside(offload, stream, [&](cudaStream_t on) { return launchFill(work, on); });
 }
 
 cudaError_t forgetWritten(const Call& call, const HipTrtOffload& offload, cudaStream_t stream)
@@ -185,10 +178,9 @@ cudaError_t forgetWritten(const Call& call, const HipTrtOffload& offload, cudaSt
 
 cudaError_t writeOut(const Call& call, const Call& staged, const HipTrtOffload& offload, cudaStream_t stream)
 {
-    const auto work = [&](cudaStream_t on) {
+    return beside(offload, stream, [&](cudaStream_t on) {
         return launch(writeOutKernel, dim3(call.shape.new_tokens, call.shape.batch), kThreads, 0, on, call, staged);
-    };
-    return offload.lane == nullptr || offload.last_layer ? work(stream) : offload.lane->fork(stream, work);
+    });
 }
 
 bool canStage(const Call& call, const HipTrtOffload& offload)
@@ -224,15 +216,7 @@ HipTrtStatus hipTrtOffloadAttach(const HipTrtOffload* offload)
 HipTrtStatus hipTrtOffloadDetach(const void* key_pool)
 {
     const std::lock_guard<std::mutex> lock(hip_trt::attached_mutex);
-    const auto found = hip_trt::attached.find(key_pool);
-    if (found != hip_trt::attached.end())
-    {
-        if (found->second.lane != nullptr)
-        {
-            found->second.lane->drop(key_pool);
-        }
-        hip_trt::attached.erase(found);
-    }
+    hip_trt::attached.erase(key_pool);
     return HIP_TRT_SUCCESS;
 }
 

@@ -3,7 +3,6 @@
 #include "block_cache_fill.cuh"
 #include "launch.cuh"
 
-#include <algorithm>
 #include <new>
 
 namespace hip_trt
@@ -15,15 +14,9 @@ namespace
 constexpr int kThreads = 256;
 constexpr int kFillBlocks = 16; // thread blocks that fill a cache: 128 blocks on their way at once keep the bus busy
 
-struct FillWorks
+// A warp per missed block; then the lists are emptied, and the step is counted. blockIdx.y: keys, or values.
+__global__ void __launch_bounds__(kThreads) fillKernel(const __grid_constant__ FillWork work)
 {
-    FillWork of[kFillsAtOnce];
-};
-
-// A warp per missed block; then the lists are emptied, and the step is counted. blockIdx.y: keys, or values; z: the layer.
-__global__ void __launch_bounds__(kThreads) fillKernel(const __grid_constant__ FillWorks works)
-{
-    const FillWork& work = works.of[blockIdx.z];
     const bool is_key = blockIdx.y == 0;
     Word* const counters = reinterpret_cast<Word*>(work.counters);
     BlockCache& cache = *reinterpret_cast<BlockCache*>(dynamicShared());
@@ -47,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) fillKernel(const __grid_constant__ F
     }
     if (threadIdx.x == 0 && atomicAdd(counters + 1, static_cast<Word>(1)) == gridDim.x * gridDim.y - 1)
     {
-        // All thread blocks of the layer have read its lists, and the step.
+        // All thread blocks have read the lists, and the step.
         for (int32_t* const missed : {work.keys.missed, work.values.missed})
         {
             if (missed != nullptr)
@@ -62,11 +55,9 @@ __global__ void __launch_bounds__(kThreads) fillKernel(const __grid_constant__ F
 
 } // namespace
 
-cudaError_t launchFills(const FillWork* works, int count, cudaStream_t stream)
+cudaError_t launchFill(const FillWork& work, cudaStream_t stream)
 {
-    FillWorks parameters{};
-    std::copy(works, works + count, parameters.of);
-    return launch(fillKernel, dim3(kFillBlocks, 2, count), kThreads, sizeof(BlockCache), stream, parameters);
+    return launch(fillKernel, dim3(kFillBlocks, 2), kThreads, sizeof(BlockCache), stream, work);
 }
 
 } // namespace hip_trt

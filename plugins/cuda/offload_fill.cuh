@@ -18,9 +18,7 @@ struct FillWork
     int row_bytes;
 };
 
-constexpr int kFillsAtOnce = 4; // layers that one launch serves
-
-// For each of up to kFillsAtOnce layers: place the blocks that the step missed, and count the step.
-cudaError_t launchFills(const FillWork* works, int count, cudaStream_t stream);
+// Place the blocks that the step missed, and count the step.
+cudaError_t launchFill(const FillWork& work, cudaStream_t stream);
 
 } // namespace hip_trt

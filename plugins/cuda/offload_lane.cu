@@ -1,6 +1,5 @@
 #include "offload_lane.cuh"
 
-#include <algorithm>
 #include <memory>
 
 namespace
@@ -76,103 +75,54 @@ cudaError_t HipTrtOffloadLane::enter(cudaStream_t stream)
     } // else the capture has ended, and its graph has this work
     pending_ = false;
     first_ = nullptr;
-    fills_.clear();
     capture_ = capture;
     return error;
 }
 
-cudaError_t HipTrtOffloadLane::forkLocked(cudaStream_t stream, const std::function<cudaError_t(cudaStream_t)>& work)
+cudaError_t HipTrtOffloadLane::joinEntered(cudaStream_t stream)
 {
-    cudaError_t error = cudaEventRecord(forked_, stream);
-    if (error == cudaSuccess)
-    {
-        error = cudaStreamWaitEvent(stream_, forked_, 0);
-    }
-    if (error == cudaSuccess)
-    {
-        pending_ = true;
-        error = work(stream_);
-    }
-    if (pending_)
-    {
-        const cudaError_t recorded = cudaEventRecord(done_, stream_);
-        error = error == cudaSuccess ? recorded : error;
-    }
-    return error;
-}
-
-cudaError_t HipTrtOffloadLane::flushLocked(cudaStream_t stream)
-{
-    if (fills_.empty())
-    {
-        return cudaSuccess;
-    }
-    const cudaError_t error = forkLocked(stream, [this](cudaStream_t beside) {
-        return hip_trt::launchFills(fills_.data(), static_cast<int>(fills_.size()), beside);
-    });
-    fills_.clear();
-    return error;
-}
-
-cudaError_t HipTrtOffloadLane::joinLocked(cudaStream_t stream)
-{
-    cudaError_t error = flushLocked(stream);
-    if (error == cudaSuccess && pending_)
-    {
-        error = cudaStreamWaitEvent(stream, done_, 0);
-    }
+    const cudaError_t error = pending_ ? cudaStreamWaitEvent(stream, done_, 0) : cudaSuccess;
     pending_ = false;
     first_ = nullptr;
     return error;
 }
 
-cudaError_t HipTrtOffloadLane::fork(cudaStream_t stream, const std::function<cudaError_t(cudaStream_t)>& work)
+cudaError_t HipTrtOffloadLane::fork(
+    cudaStream_t stream, const void* key_pool, const std::function<cudaError_t(cudaStream_t)>& work)
 {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const cudaError_t error = enter(stream);
-    return error == cudaSuccess ? forkLocked(stream, work) : error;
-}
-
-cudaError_t HipTrtOffloadLane::fill(cudaStream_t stream, const hip_trt::FillWork& work)
-{
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const cudaError_t error = enter(stream);
+    cudaError_t error = enter(stream);
+    if (error == cudaSuccess)
+    {
+        error = cudaEventRecord(forked_, stream);
+    }
+    if (error == cudaSuccess)
+    {
+        error = cudaStreamWaitEvent(stream_, forked_, 0);
+    }
     if (error != cudaSuccess)
     {
         return error;
     }
-    first_ = first_ == nullptr ? work.key_pool : first_;
-    fills_.push_back(work);
-    return fills_.size() < hip_trt::kFillsAtOnce ? cudaSuccess : flushLocked(stream);
-}
-
-cudaError_t HipTrtOffloadLane::flush(cudaStream_t stream)
-{
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const cudaError_t error = enter(stream);
-    return error == cudaSuccess ? flushLocked(stream) : error;
+    first_ = first_ == nullptr ? key_pool : first_;
+    pending_ = true;
+    error = work(stream_);
+    const cudaError_t recorded = cudaEventRecord(done_, stream_);
+    return error == cudaSuccess ? recorded : error;
 }
 
 cudaError_t HipTrtOffloadLane::join(cudaStream_t stream)
 {
     const std::lock_guard<std::mutex> lock(mutex_);
     const cudaError_t error = enter(stream);
-    return error == cudaSuccess ? joinLocked(stream) : error;
+    return error == cudaSuccess ? joinEntered(stream) : error;
 }
 
 cudaError_t HipTrtOffloadLane::beginLayer(cudaStream_t stream, const void* key_pool)
 {
     const std::lock_guard<std::mutex> lock(mutex_);
     const cudaError_t error = enter(stream);
-    return error == cudaSuccess && first_ == key_pool ? joinLocked(stream) : error;
-}
-
-void HipTrtOffloadLane::drop(const void* key_pool)
-{
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto of_layer = [key_pool](const hip_trt::FillWork& work) { return work.key_pool == key_pool; };
-    fills_.erase(std::remove_if(fills_.begin(), fills_.end(), of_layer), fills_.end());
-    first_ = first_ == key_pool ? nullptr : first_;
+    return error == cudaSuccess && first_ == key_pool ? joinEntered(stream) : error;
 }
 
 HipTrtStatus hipTrtOffloadLaneCreate(HipTrtOffloadLane** lane)

@@ -1,16 +1,13 @@
 // A stream beside that of the calls, for work that may wait.
 #pragma once
 
-#include "offload_fill.cuh"
+#include "hip_offload.h"
 
 #include <functional>
 #include <mutex>
-#include <vector>
 
 // Work is forked off a call's stream, runs in order beside it, and is joined by a later call. Both also happen in a capture,
-// where they become edges of the graph. Layers are called in turn, the last one joins: a round.
-//
-// Where a round is not finished, fills that have not been launched are forgotten: their blocks will be missed again.
+// where they become edges of the graph. Layers are called in turn, and the last one joins: a round.
 struct HipTrtOffloadLane
 {
 public:
@@ -20,38 +17,26 @@ public:
     HipTrtOffloadLane(const HipTrtOffloadLane&) = delete;
     HipTrtOffloadLane& operator=(const HipTrtOffloadLane&) = delete;
 
-    // Have `work`, which launches on the stream that it is given, begin once what is in `stream` now has run.
-    cudaError_t fork(cudaStream_t stream, const std::function<cudaError_t(cudaStream_t)>& work);
+    // Have `work` of a layer, which launches on the stream that it is given, begin once what is in `stream` now has run.
+    cudaError_t fork(cudaStream_t stream, const void* key_pool, const std::function<cudaError_t(cudaStream_t)>& work);
 
-    // Fork the fill of a layer's caches: a few layers at once, as each fork delays the calls a little.
-    cudaError_t fill(cudaStream_t stream, const hip_trt::FillWork& work);
-
-    // Fork the fills that wait for others.
-    cudaError_t flush(cudaStream_t stream);
-
-    // What comes in `stream` from now on runs after all that was forked and filled.
+    // What comes in `stream` from now on runs after all that was forked.
     cudaError_t join(cudaStream_t stream);
 
     // A layer's decode step comes. If it was the first of the round, that round was not finished, and is joined.
     cudaError_t beginLayer(cudaStream_t stream, const void* key_pool);
 
-    // A layer goes: forget its fill.
-    void drop(const void* key_pool);
-
 private:
     HipTrtOffloadLane() = default;
 
     cudaError_t enter(cudaStream_t stream);
-    cudaError_t forkLocked(cudaStream_t stream, const std::function<cudaError_t(cudaStream_t)>& work);
-    cudaError_t flushLocked(cudaStream_t stream);
-    cudaError_t joinLocked(cudaStream_t stream);
+    cudaError_t joinEntered(cudaStream_t stream);
 
     std::mutex mutex_;
     cudaStream_t stream_ = nullptr;
     cudaEvent_t forked_ = nullptr;
     cudaEvent_t done_ = nullptr;
-    bool pending_ = false;                  // forked, and not joined
-    const void* first_ = nullptr;           // key pool of the first layer of the round
-    std::vector<hip_trt::FillWork> fills_;  // not forked yet
-    unsigned long long capture_ = 0;        // in which all this was; 0: in none
+    bool pending_ = false;           // forked, and not joined
+    const void* first_ = nullptr;    // key pool of the first layer of the round
+    unsigned long long capture_ = 0; // in which all this was; 0: in none
 };
