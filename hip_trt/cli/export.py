@@ -44,9 +44,13 @@ Examples:
 
     hip-trt export --model ./Llama-3.1-8B --out build/engine.plan --strip-weights
 
-  A larger budget, and two layers dense:
+  Closer to dense attention than the defaults, and slower; docs/evaluation.md says by how much:
 
-    hip-trt export --model ./m --out m.plan --mask-k 2048 --dense-layers 0,1
+    hip-trt export --model ./m --out m.plan --mask-k 2048 --decode-mask-k 1024
+
+  Some layers dense:
+
+    hip-trt export --model ./m --out m.plan --dense-layers 0,1
 """
 
 
