@@ -99,6 +99,19 @@ def test_memory_is_registered_and_given_back() -> None:
     assert host.held == 0
 
 
+def test_no_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near a limit of the process, threads may be refused: pages are cleared as they are locked."""
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", refuse)
+    host = FakeHost()
+    memory = HostMemory(host, 1 << 20)
+    assert (memory.host_bytes() == 0xFF).all()  # which the host wrote when it locked them
+    host.synchronize()
+    memory.close()
+
+
 def test_memory_that_cannot_be_mapped_or_locked() -> None:
     host = FakeHost()
     with pytest.raises(RuntimeInputError, match=r"no .* bytes of host memory"):

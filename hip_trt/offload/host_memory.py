@@ -257,8 +257,11 @@ def _populate(address: int, size: int) -> None:
     def populate(start: int) -> None:
         madvise(address + start, min(_POPULATED_AT_ONCE, size - start), _MADV_POPULATE_WRITE)
 
-    with ThreadPoolExecutor(min(_POPULATING_THREADS, len(os.sched_getaffinity(0)))) as pool:
-        list(pool.map(populate, range(0, size, _POPULATED_AT_ONCE)))
+    try:
+        with ThreadPoolExecutor(min(_POPULATING_THREADS, len(os.sched_getaffinity(0)))) as pool:
+            list(pool.map(populate, range(0, size, _POPULATED_AT_ONCE)))
+    except RuntimeError as error:  # no thread to be had, where a limit is near
+        _logger.debug("pages are cleared as they are locked: %s", error)
 
 
 def _prefer_node(address: int, size: int, node: int | None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 import hip_trt
 from hip_trt import library as binding
 from hip_trt.config import HipConfig
-from hip_trt.errors import PluginError, RuntimeInputError
+from hip_trt.errors import PluginError
 from hip_trt.library import Library
 from hip_trt.offload import Geometry, Offload, OffloadedCache
 
@@ -145,10 +145,3 @@ def _decode(
             outputs.append(output.cpu())
         length += 1
     return torch.stack(outputs)
-
-
-def test_more_host_memory_than_there_is(library: Library) -> None:  # noqa: F811
-    slots = 1 << 26
-    geometry = Geometry(32, 8, 8, 128, torch.bfloat16, 1, slots, slots, LLAMA)
-    with pytest.raises(RuntimeInputError, match="GiB"):
-        OffloadedCache(geometry, Offload.create(), device=CUDA, library=library)
