@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -16,27 +17,30 @@ from hip_trt.config import HipConfig
 from hip_trt.library import Library
 from hip_trt.offload import BlockCaches, CacheCounts
 from hip_trt.offload.block_caches import Staging
+from hip_trt.offload.host_memory import CudaHost, HostMemory
 
 pytestmark = NEEDS_CLUSTERS
 
 CUDA = torch.device("cuda:0")
 
 
-class _Mapped:
-    """Page-locked host memory as a CUDA tensor."""
+_held: list[HostMemory] = []
 
-    def __init__(self, nbytes: int) -> None:
-        self.memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        self.__cuda_array_interface__ = {
-            "shape": (nbytes,), "typestr": "|u1", "data": (self.memory.data_ptr(), False), "version": 3,
-        }
+
+@pytest.fixture(autouse=True)
+def host_memory() -> Iterator[None]:
+    """Gives back what a test has taken."""
+    yield
+    torch.cuda.synchronize()
+    while _held:
+        _held.pop().close()
 
 
 def host_pool(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    count = 1
-    for size in shape:
-        count *= size
-    return torch.as_tensor(_Mapped(count * dtype.itemsize), device=CUDA).view(dtype).view(*shape)
+    """Page-locked host memory as a CUDA tensor, until the end of the test."""
+    memory = HostMemory(CudaHost(CUDA), math.prod(shape) * dtype.itemsize)
+    _held.append(memory)
+    return memory.device_bytes().view(dtype).view(*shape)
 
 
 def pools(batch: int, slots: int, heads: int, head_dim: int, dtype: torch.dtype, config: HipConfig, *,
