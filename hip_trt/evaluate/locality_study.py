@@ -117,7 +117,7 @@ def _by_text(data: Mapping[str, Any]) -> Table:
 
 
 def _draw_curves(figure: Any, data: Mapping[str, Any]) -> None:
-    figure.set_size_inches(14, 4.2)
+    figure.set_size_inches(14, 5.4)
     left, middle, right = figure.subplots(1, 3)
     _band(left, data, data["distances"], "correlation {}", "black", "by distance")
     left.axhline(_mean(data, "random"), color="tab:red", linestyle=":", label="random pairs")
@@ -133,7 +133,7 @@ def _draw_curves(figure: Any, data: Mapping[str, Any]) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.grid(True, alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 def _band(axes: Any, data: Mapping[str, Any], places: Sequence[int], name: str, color: str, label: str) -> None:
