@@ -21,6 +21,7 @@ from hip_trt.errors import EnvironmentProblem, RuntimeInputError
 from hip_trt.huggingface import HipCache
 from hip_trt.offload import Offload, host_limits
 from hip_trt.offload.host_limits import HostMemoryLeft
+from hip_trt.offload.statistics import PrefillTraffic
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
 CONFIG = HipConfig.create(
@@ -109,6 +110,11 @@ def test_same_bits(model: LlamaForCausalLM, host: FakeHost, offload: Offload) ->
         assert counts.lookups > 0
         assert (counts.hits > 0) == (offload is not TINY)
     assert stats.bus_bytes_per_token == stats.bus_bytes / 12 > 0
+    # 70 and 33 tokens, then 20 each after 73 and 36: of 5 and of 3 pages.
+    page, tokens, unstaged = 2 * 2 * 2 * 16 * 64 * 2, 143, offload.staging_tokens is not None
+    assert stats.prefill == PrefillTraffic(
+        tokens, 0 if unstaged else 8 * page, tokens * page // 16, tokens if unstaged else 0
+    )
 
 
 def test_generate(model: LlamaForCausalLM, host: FakeHost) -> None:

@@ -101,6 +101,9 @@ def test_same_bits(
     assert stats is not None
     assert stats.tokens == 11
     assert stats.host_bytes == 2 * 2 * 18 * 2 * 16 * 64 * 2
+    assert stats.prefill.tokens == 67 + 1 + 29
+    assert stats.prefill.unstaged_tokens == 0
+    assert stats.prefill.written_bytes == 97 * 2 * 2 * 2 * 64 * 2
     for layer in (*stats.keys, *stats.values):
         assert layer.hits > 0
         assert layer.transfers > 0
@@ -211,7 +214,7 @@ def test_pages_can_be_loaded(oracle: OracleExecutor, host: FakeHost) -> None:
         session.step([3])
         assert bank.stats().keys[1].misses > before
         bank.reset_stats()
-        assert bank.stats().all_keys.lookups == bank.stats().tokens == 0
+        assert bank.stats().all_keys.lookups == bank.stats().tokens == bank.stats().prefill.tokens == 0
         session.step([3])
         assert bank.stats().all_values.hit_ratio == 1
 
@@ -313,6 +316,12 @@ def test_run(run: Callable[..., Result], host: FakeHost, tmp_path: Path) -> None
     for part in ("decode: 5 tokens", "│ keys", "│ values", "5 decoded tokens", "GPU memory:"):
         assert part in result.stderr
     assert f"{stats['keys']['hit_ratio']:.1%}" in result.stderr
+    # In chunks of a page, each of which is read again by all that follow.
+    page, tokens, chunks = 2 * 2 * 2 * 16 * 64 * 2, len(text), -(-len(text) // 16)
+    assert stats["prefill"]["tokens"] == tokens
+    assert stats["prefill"]["staged_bytes"] == sum(range(chunks)) * page
+    assert stats["prefill"]["written_bytes"] == tokens * page // 16
+    assert f"Prefill: {tokens} tokens; per token" in result.stderr
 
 
 def test_small_caches_are_named(run: Callable[..., Result], caplog: pytest.LogCaptureFixture) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ class _HostPools:
     num_layers: int
     cache: OffloadedCache | None = None
     closed: bool = False
+    _in_use: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def reserve(self, key: Tensor, num_masks: int, slots: int) -> None:
         """Have room for so many pages a sequence, in all layers, before the first of them writes.
@@ -87,12 +88,20 @@ class _HostPools:
         else:
             self.cache.grow(batch * slots, slots)
 
-    def begin(self, layer: int, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """A layer's pools for a call. They may have moved since the last one, as another layer has made them grow."""
+    def begin(self, layer: int, tokens: int, past_lengths: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's pools for a call. They may have moved since the last one, as another layer has made them grow.
+
+        Args:
+            tokens: of the call's shape (S).
+            past_lengths, counts: [B] int32; kept until the next call, as what the call leaves to be done reads them.
+        """
         assert self.cache is not None
+        self._in_use[layer] = past_lengths, counts
         self.cache.prepare(prefill=tokens > 1)
         if layer == 0 and tokens == 1:
-            self.cache.count_tokens(batch)
+            self.cache.count_tokens(len(counts))
+        elif layer == 0:
+            self.cache.count_prefill(past_lengths, counts, self.cache.geometry.slots)
         return self.cache.pools(layer)
 
     def __deepcopy__(self, memo: Any) -> _HostPools:
@@ -172,7 +181,7 @@ class HipLayer(CacheLayerMixin):  # type: ignore[misc]
                 order = valid.logical_not().argsort(dim=1, stable=True)[:, None, :, None]
                 query, key, value = (tensor.gather(2, order.expand_as(tensor)) for tensor in (query, key, value))
         if self._host_pools:
-            self.keys, self.values = self._host_pools.begin(self._layer, batch, tokens)
+            self.keys, self.values = self._host_pools.begin(self._layer, tokens, self.lengths, counts)
         output: Tensor = torch.ops.hip_trt.attention_(
             query, key, value, self.keys, self.values, self.page_table, self.lengths, counts, self.nodes, refresh,
             **operator.attributes(self.config, scale=scale, layer=self._layer),

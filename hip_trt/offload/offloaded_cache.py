@@ -17,7 +17,7 @@ from hip_trt.offload.host_limits import gib, require_host_memory
 from hip_trt.offload.host_memory import Host, HostMemory, warn_once
 from hip_trt.offload.settings import Offload
 from hip_trt.offload.sizes import CacheSizes, Geometry, cache_sizes
-from hip_trt.offload.statistics import OffloadStats
+from hip_trt.offload.statistics import OffloadStats, PrefillMeter
 
 _REMEDY = "Use fewer pages: a shorter context (--max-seq-len), or a smaller batch."
 _SLOTS_AT_ONCE = 16
@@ -89,6 +89,7 @@ class OffloadedCache:
         self._stage_in_vain = False
         self._before: list[tuple[CacheCounts, CacheCounts]] = [_NO_COUNTS] * geometry.num_layers
         self._tokens = 0
+        self._prefill = PrefillMeter(self._host.device, geometry.config.page_size)
         self._layers: list[_Layer] = []
         self._release = weakref.finalize(self, _close, self._layers, self._host)
         require_host_memory(geometry.num_layers * geometry.layer_bytes, _describe(geometry), _REMEDY)
@@ -212,6 +213,16 @@ class OffloadedCache:
         """Say that a decode step gave so many, for what is reported per token."""
         self._tokens += tokens
 
+    def count_prefill(self, past_lengths: Tensor, query_lengths: Tensor, slots: int) -> None:
+        """Say that a prefill call comes, after :meth:`prepare`, for what is reported of prefill; waits for nothing.
+
+        Args:
+            past_lengths, query_lengths: [B] int32, of the call.
+            slots: in each row of its page table (M).
+        """
+        staged = self._staging is not None and len(past_lengths) * slots <= len(self._staging.keys)
+        self._prefill.count(past_lengths, query_lengths, staged=staged)
+
     def stats(self) -> OffloadStats:
         """Counts since the beginning, or :meth:`reset_stats`; waits for the GPU."""
         self._check_open()
@@ -226,6 +237,7 @@ class OffloadedCache:
             keys=tuple(key for key, _ in counts), values=tuple(value for _, value in counts), tokens=self._tokens,
             block_bytes=self.geometry.block_bytes, key_cache_bytes=keys, value_cache_bytes=values,
             other_gpu_bytes=whole - keys - values, host_bytes=sum(layer.memory.size for layer in self._layers),
+            prefill=self._prefill.traffic(2 * self.geometry.page_bytes * self.geometry.num_layers),
         )
 
     def reset_stats(self) -> None:
@@ -235,6 +247,7 @@ class OffloadedCache:
             now = layer.caches.counts()
             self._before[index] = _NO_COUNTS[0] - now[0], _NO_COUNTS[1] - now[1]
         self._tokens = 0
+        self._prefill = PrefillMeter(self._host.device, self.geometry.config.page_size)
 
     def close(self) -> None:
         """Wait for the GPU, detach the caches and give all memory back. Nothing happens the second time."""

@@ -241,12 +241,15 @@ class Session:
                 len(rows), width if spec.logits == "all" else 1, spec.vocab_size, dtype=torch.float32, device=device
             )
             self._refresh_mask.fill_(1)
+            page_table, past_lengths = state.page_table[index], state.past_lengths[index]
+            query_lengths = torch.tensor(counts, dtype=torch.int32, device=device)
             if state.offloaded:
                 state.offloaded.prepare(prefill=True)
+                if width > 1:
+                    state.offloaded.count_prefill(past_lengths, query_lengths, page_table.shape[1])
             self.executor.run(*self._graph(
                 torch.tensor([part + [0] * (width - len(part)) for part in parts], device=device),
-                state.page_table[index], state.past_lengths[index],
-                torch.tensor(counts, dtype=torch.int32, device=device), nodes, logits,
+                page_table, past_lengths, query_lengths, nodes, logits,
             ))
             for layer, new in zip(state.nodes, nodes, strict=True):
                 layer[index] = new
