@@ -6,8 +6,8 @@ A model of Llama-3.1-8B's geometry, batch 1, bfloat16: every matrix product of i
 HipAttention over rows that SmolLM2 gave on real text (offload_bench/recorded.py says how). For each length: resident,
 and offloaded with caches of --share of the resident cache, searched from the top in every step, and in every 8th and
 32nd. Steps are replayed CUDA graphs. Resident is timed first, while there is nothing of the other; outputs and kept
-nodes of both are compared bit for bit, step by step, before the other is timed. Where the resident cache does not fit on
-the GPU, the offloaded one is timed alone. Writes offload_decode.json, .md and .png, after each length.
+nodes of both are compared bit for bit, step by step, before the other is timed. Where the resident cache does not fit
+on the GPU, the offloaded one is timed alone. Writes offload_decode.json, .md and .png, after each length.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def run_length(
     warm_up = recording.steps - options.steps
 
     def pools() -> tuple[Tensor, Tensor]:
-        return tuple(torch.empty(geometry.pool_shape, dtype=torch.bfloat16, device=device) for _ in range(2))
+        keys, values = (torch.empty(geometry.pool_shape, dtype=torch.bfloat16, device=device) for _ in range(2))
+        return keys, values
 
     # Resident first, before there is anything of the other.
     resident = None
@@ -125,7 +126,8 @@ def run_length(
                 to.copy_(pool)
         del through
         cache.forget()
-        offloaded = Decoder(library, config, cut, [cache.pools(layer) for layer in range(layers)], weights, table, committed)
+        banks = [cache.pools(layer) for layer in range(layers)]
+        offloaded = Decoder(library, config, cut, banks, weights, table, committed)
         if resident is not None:
             row["equal_steps"] = same_bits(resident, offloaded, 8, min(options.checked, recording.steps))
         for interval in INTERVALS:
@@ -133,7 +135,7 @@ def run_length(
             runs["offloaded"] = measure(offloaded, interval, options.steps, warm_up, cache)
             if resident is not None:
                 runs["offloaded"]["kept"] = runs["offloaded"]["tokens_per_s"] / runs["resident"]["tokens_per_s"]
-        del offloaded
+        del offloaded, banks
     return row
 
 
