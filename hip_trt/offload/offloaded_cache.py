@@ -132,6 +132,7 @@ class OffloadedCache:
         if prefill and self._staging is None and not self._stage_in_vain:
             self._stage(self._allocate_staging())
         elif not prefill and self._staging is not None and self.offload.release_staging:
+            self._host.synchronize()  # a call that was broken off may still be written out from there
             self._stage(None)
 
     def grow(self, pages: int, slots: int) -> None:
