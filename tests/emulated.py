@@ -36,6 +36,10 @@ class EmulatedLibrary(Library):
         assert device.type == "cpu"
         yield 0
 
+    def synchronize(self) -> None:
+        """Wait for what calls have left to streams beside theirs, which run it as late as they may."""
+        self._functions.emulationSynchronize()
+
 
 def compiler() -> str | None:
     """The C++ compiler, or None if there is none."""

@@ -25,6 +25,9 @@ CPU = torch.device("cpu")
 class FakeHost:
     """A driver that maps memory to where it is, and remembers what it was asked.
 
+    Args:
+        library: whose streams :meth:`synchronize` waits for.
+
     Attributes:
         registered: bytes by address, now.
         allocated: likewise, memory of the driver's own.
@@ -35,7 +38,8 @@ class FakeHost:
 
     device = CPU
 
-    def __init__(self) -> None:
+    def __init__(self, library: EmulatedLibrary | None = None) -> None:
+        self._library = library
         self.registered: dict[int, int] = {}
         self.allocated: dict[int, Any] = {}
         self.most_held = self.waits = 0
@@ -82,6 +86,8 @@ class FakeHost:
 
     def synchronize(self) -> None:
         self.waits += 1
+        if self._library is not None:
+            self._library.synchronize()
 
     @property
     def held(self) -> int:
@@ -91,7 +97,7 @@ class FakeHost:
 
 def emulate(monkeypatch: pytest.MonkeyPatch, library: EmulatedLibrary) -> FakeHost:
     """Make the CPU a device to offload from, whose operator is the emulated library."""
-    host = FakeHost()
+    host = FakeHost(library)
     host_memory.warn_once.cache_clear()
     monkeypatch.setattr(host_memory, "host_for", lambda device: host)
     monkeypatch.setattr(libraries, "load", lambda: library)

@@ -127,15 +127,19 @@ class Stack:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, counts: Tensor, output: Tensor,
         *, reuse: bool = False,
     ) -> Tensor:
-        """``reuse``: overwrite the call's rows after it, in stream order, as any caller may."""
+        """``reuse``: overwrite the call's inputs after it, in stream order, as any caller may."""
         keys, values = self.pools[layer]
+        inputs = query, key, value, counts, self._table, self._lengths
+        if reuse:
+            inputs = tuple(tensor.clone() for tensor in inputs)  # type: ignore[assignment]
+        query, key, value, counts, table, lengths = inputs
         self._library.attention(
-            query, key, value, keys, values, self._table, self._lengths, counts, self._nodes[layer], self._refresh,
+            query, key, value, keys, values, table, lengths, counts, self._nodes[layer], self._refresh,
             config=self._config, scale=self._head_dim**-0.5, output=output, present_key=keys, present_value=values,
             present_nodes=self._nodes[layer],
         )
         if reuse:
-            for tensor in (query, key, value):
+            for tensor in inputs:
                 tensor.zero_()
         return output
 

@@ -129,7 +129,7 @@ from offload_steps import CONFIG
 from hip_trt.offload import Geometry, Offload, OffloadedCache
 geometry = Geometry(2, 2, 2, 64, torch.float16, 1, 2048, 8, CONFIG)
 library = EmulatedLibrary(build())
-cache = OffloadedCache(geometry, Offload(), device=torch.device("cpu"), host=FakeHost(), library=library)
+cache = OffloadedCache(geometry, Offload(), device=torch.device("cpu"), host=FakeHost(library), library=library)
 pools = [cache.pools(layer) for layer in range(2)]
 stack = Stack(library, pools, batch=1, query_heads=4, config=CONFIG, cache=cache)
 stack.prefill([100], chunk=64)

@@ -12,7 +12,6 @@ from offload_host import FakeHost, nothing_left
 from offload_stack import Stack, assert_same
 from offload_steps import CONFIG
 
-from hip_trt.library import Library
 from hip_trt.offload import Geometry, Offload, OffloadedCache, OffloadStats
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
@@ -21,18 +20,18 @@ GEOMETRY = Geometry(LAYERS, 2, 2, 64, torch.float16, BATCH, BATCH * SLOTS, SLOTS
 
 
 @pytest.fixture(scope="module")
-def library() -> Library:
+def library() -> EmulatedLibrary:
     return EmulatedLibrary(build())
 
 
 @contextmanager
-def stack(library: Library, offload: Offload | None) -> Iterator[Stack]:
+def stack(library: EmulatedLibrary, offload: Offload | None) -> Iterator[Stack]:
     if offload is None:
         pools = [(torch.empty(GEOMETRY.pool_shape).half(), torch.empty(GEOMETRY.pool_shape).half())
                  for _ in range(LAYERS)]
         yield Stack(library, pools, batch=BATCH, query_heads=4, config=CONFIG)
         return
-    host = FakeHost()
+    host = FakeHost(library)
     with nothing_left(host), OffloadedCache(
         GEOMETRY, offload, device=torch.device("cpu"), host=host, library=library
     ) as cache:
@@ -40,7 +39,7 @@ def stack(library: Library, offload: Offload | None) -> Iterator[Stack]:
         yield Stack(library, pools, batch=BATCH, query_heads=4, config=CONFIG, cache=cache)
 
 
-def compare(library: Library, offload: Offload, play: Callable[[Stack], None]) -> OffloadStats:
+def compare(library: EmulatedLibrary, offload: Offload, play: Callable[[Stack], None]) -> OffloadStats:
     """Play on resident pools and on offloaded ones: the same bits. Returns what the caches did."""
     with stack(library, None) as resident, stack(library, offload) as offloaded:
         play(resident)
@@ -54,7 +53,7 @@ def compare(library: Library, offload: Offload, play: Callable[[Stack], None]) -
     Offload(key_cache=0.25, value_cache=0.25), Offload(key_cache=0.5, value_cache=0.5, release_staging=False),
     Offload(key_cache=0.25, value_cache=0.25, staging_tokens=0),
 ], ids=["tiny", "whole", "no staging"])
-def test_chunks_between_steps(library: Library, offload: Offload) -> None:
+def test_chunks_between_steps(library: EmulatedLibrary, offload: Offload) -> None:
     def play(stack: Stack) -> None:
         stack.prefill([100, 61], chunk=48)
         stack.decode(4)
@@ -67,7 +66,7 @@ def test_chunks_between_steps(library: Library, offload: Offload) -> None:
         assert counts.fills > 0
 
 
-def test_rounds_that_are_broken_off(library: Library) -> None:
+def test_rounds_that_are_broken_off(library: EmulatedLibrary) -> None:
     """Only the first layers are called, then all again, from the same lengths on."""
     def play(stack: Stack) -> None:
         stack.interrupted_prefill(30, layers=2)
@@ -85,8 +84,8 @@ def test_rounds_that_are_broken_off(library: Library) -> None:
     compare(library, Offload(key_cache=0.25, value_cache=0.25), play)
 
 
-def test_one_layer_needs_no_lane(library: Library) -> None:
-    host = FakeHost()
+def test_one_layer_needs_no_lane(library: EmulatedLibrary) -> None:
+    host = FakeHost(library)
     geometry = Geometry(1, 2, 2, 64, torch.float16, 1, SLOTS, SLOTS, CONFIG)
     results = []
     with nothing_left(host), OffloadedCache(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,7 +69,6 @@ class _HostPools:
     num_layers: int
     cache: OffloadedCache | None = None
     closed: bool = False
-    _in_use: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def reserve(self, key: Tensor, num_masks: int, slots: int) -> None:
         """Have room for so many pages a sequence, in all layers, before the first of them writes.
@@ -93,10 +92,9 @@ class _HostPools:
 
         Args:
             tokens: of the call's shape (S).
-            past_lengths, counts: [B] int32; kept until the next call, as what the call leaves to be done reads them.
+            past_lengths, counts: [B] int32.
         """
         assert self.cache is not None
-        self._in_use[layer] = past_lengths, counts
         self.cache.prepare(prefill=tokens > 1)
         if layer == 0 and tokens == 1:
             self.cache.count_tokens(len(counts))

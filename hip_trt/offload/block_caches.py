@@ -84,7 +84,7 @@ class Staging:
 
     Attributes:
         keys, values: [pages, Hkv, page_size, D].
-        table: [pages] int32.
+        table: [4, pages] int32, page tables and lengths of the call.
     """
 
     keys: Tensor
@@ -96,7 +96,7 @@ class Staging:
         """For pools like ``pool`` and calls of at most ``pages`` slots in their page tables (B times M)."""
         shape = (pages, *pool.shape[1:])
         keys, values = (torch.empty(shape, dtype=pool.dtype, device=device) for _ in range(2))
-        return cls(keys, values, torch.empty(pages, dtype=torch.int32, device=device))
+        return cls(keys, values, torch.empty(4, pages, dtype=torch.int32, device=device))
 
     @property
     def nbytes(self) -> int:
@@ -205,7 +205,7 @@ class BlockCaches:
         self.staging = staging
         self._library.attach_offload(_OffloadStruct(
             self.key_pool.data_ptr(), self.value_pool.data_ptr(), *self._caches, self._counters.data_ptr(),
-            *((staging.keys.data_ptr(), staging.values.data_ptr(), staging.table.data_ptr(), len(staging.table))
+            *((staging.keys.data_ptr(), staging.values.data_ptr(), staging.table.data_ptr(), len(staging.keys))
               if staging else (None, None, None, 0)),
             int(self._last_layer), None if self._lane is None else self._lane.handle,
         ))

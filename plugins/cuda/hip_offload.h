@@ -71,7 +71,7 @@ typedef struct HipTrtOffload
     void* staging_keys;     /* [staging_pages, Hkv, page_size, D]; NULL: prefill reads the pools over the bus, by kernels
                                that on Hopper round differently from those for GPU memory */
     void* staging_values;   /* likewise */
-    int32_t* staging_table; /* [staging_pages] */
+    int32_t* staging_table; /* [4, staging_pages]: the call's page tables and lengths, as they may wait longer than it */
     int32_t staging_pages;  /* used by calls of B pages_per_sequence slots or fewer */
     int32_t last_layer;     /* 1: the layer's calls wait for the lane and leave nothing in it. A captured graph must end with
                                such a layer's call */

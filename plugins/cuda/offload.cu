@@ -74,6 +74,24 @@ __global__ void __launch_bounds__(kThreads)
     forget(offload.values, in_pool);
 }
 
+// What the staging area keeps of a call: where its pages are, [B, M] each, and its lengths, [B]. There are no more sequences
+// than slots.
+struct StagingTables
+{
+    int32_t* staged;
+    int32_t* in_pool;
+    int32_t* past_lengths;
+    int32_t* query_lengths;
+
+    __host__ __device__ explicit StagingTables(const HipTrtOffload& offload)
+        : staged(offload.staging_table)
+        , in_pool(staged + offload.staging_pages)
+        , past_lengths(in_pool + offload.staging_pages)
+        , query_lengths(past_lengths + offload.staging_pages)
+    {
+    }
+};
+
 // Copy a call's new rows from the staging area, where `staged` has them, to its pools. A thread block per token.
 __global__ void __launch_bounds__(kThreads)
     writeOutKernel(const __grid_constant__ Call call, const __grid_constant__ Call staged)
@@ -103,7 +121,14 @@ __global__ void __launch_bounds__(kThreads)
     const int page = call.page_table[index];
     if (threadIdx.x == 0)
     {
-        offload.staging_table[index] = page < 0 ? -1 : static_cast<int>(index);
+        const StagingTables tables(offload);
+        tables.staged[index] = page < 0 ? -1 : static_cast<int>(index);
+        tables.in_pool[index] = page;
+        if (slot == 0)
+        {
+            tables.past_lengths[b] = call.past_lengths[b];
+            tables.query_lengths[b] = call.query_lengths[b];
+        }
     }
     const int64_t first = static_cast<int64_t>(slot) * call.config.page_size;
     if (page < 0 || first >= call.past_lengths[b] || call.query_lengths[b] <= 0)
@@ -178,8 +203,14 @@ cudaError_t forgetWritten(const Call& call, const HipTrtOffload& offload, cudaSt
 
 cudaError_t writeOut(const Call& call, const Call& staged, const HipTrtOffload& offload, cudaStream_t stream)
 {
+    // In the stream of the calls, the caller may reuse its tensors before this has run beside it.
+    const StagingTables tables(offload);
+    Call kept = call;
+    kept.page_table = tables.in_pool;
+    kept.past_lengths = tables.past_lengths;
+    kept.query_lengths = tables.query_lengths;
     return beside(offload, stream, [&](cudaStream_t on) {
-        return launch(writeOutKernel, dim3(call.shape.new_tokens, call.shape.batch), kThreads, 0, on, call, staged);
+        return launch(writeOutKernel, dim3(call.shape.new_tokens, call.shape.batch), kThreads, 0, on, kept, staged);
     });
 }
 
@@ -193,7 +224,7 @@ cudaError_t stagePages(const Call& call, const HipTrtOffload& offload, Call& sta
     staged = call;
     staged.past_key = staged.present_key = offload.staging_keys;
     staged.past_value = staged.present_value = offload.staging_values;
-    staged.page_table = offload.staging_table;
+    staged.page_table = StagingTables(offload).staged;
     staged.shape.num_pages = offload.staging_pages;
     return launch(stageKernel, dim3(call.shape.pages_per_sequence, call.shape.batch), kThreads, 0, stream, call, offload);
 }

@@ -1,5 +1,6 @@
 #include "offload_lane.cuh"
 
+#include <algorithm>
 #include <memory>
 
 namespace
@@ -74,7 +75,7 @@ cudaError_t HipTrtOffloadLane::enter(cudaStream_t stream)
         error = waitOnHost(done_);
     } // else the capture has ended, and its graph has this work
     pending_ = false;
-    first_ = nullptr;
+    layers_.clear();
     capture_ = capture;
     return error;
 }
@@ -83,7 +84,7 @@ cudaError_t HipTrtOffloadLane::joinEntered(cudaStream_t stream)
 {
     const cudaError_t error = pending_ ? cudaStreamWaitEvent(stream, done_, 0) : cudaSuccess;
     pending_ = false;
-    first_ = nullptr;
+    layers_.clear();
     return error;
 }
 
@@ -104,7 +105,7 @@ cudaError_t HipTrtOffloadLane::fork(
     {
         return error;
     }
-    first_ = first_ == nullptr ? key_pool : first_;
+    layers_.push_back(key_pool);
     pending_ = true;
     error = work(stream_);
     const cudaError_t recorded = cudaEventRecord(done_, stream_);
@@ -122,7 +123,8 @@ cudaError_t HipTrtOffloadLane::beginLayer(cudaStream_t stream, const void* key_p
 {
     const std::lock_guard<std::mutex> lock(mutex_);
     const cudaError_t error = enter(stream);
-    return error == cudaSuccess && first_ == key_pool ? joinEntered(stream) : error;
+    const bool forked = std::find(layers_.begin(), layers_.end(), key_pool) != layers_.end();
+    return error == cudaSuccess && forked ? joinEntered(stream) : error;
 }
 
 HipTrtStatus hipTrtOffloadLaneCreate(HipTrtOffloadLane** lane)

@@ -5,6 +5,7 @@
 
 #include <functional>
 #include <mutex>
+#include <vector>
 
 // Work is forked off a call's stream, runs in order beside it, and is joined by a later call. Both also happen in a capture,
 // where they become edges of the graph. Layers are called in turn, and the last one joins: a round.
@@ -23,7 +24,7 @@ public:
     // What comes in `stream` from now on runs after all that was forked.
     cudaError_t join(cudaStream_t stream);
 
-    // A layer's decode step comes. If it was the first of the round, that round was not finished, and is joined.
+    // A layer's decode step comes. If it has forked since the last join, that round was not finished, and is joined.
     cudaError_t beginLayer(cudaStream_t stream, const void* key_pool);
 
 private:
@@ -36,7 +37,7 @@ private:
     cudaStream_t stream_ = nullptr;
     cudaEvent_t forked_ = nullptr;
     cudaEvent_t done_ = nullptr;
-    bool pending_ = false;           // forked, and not joined
-    const void* first_ = nullptr;    // key pool of the first layer of the round
-    unsigned long long capture_ = 0; // in which all this was; 0: in none
+    bool pending_ = false;            // forked, and not joined
+    std::vector<const void*> layers_; // key pools of those that forked
+    unsigned long long capture_ = 0;  // in which all this was; 0: in none
 };

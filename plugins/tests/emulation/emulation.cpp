@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <deque>
 #include <memory>
+#include <set>
 #include <ucontext.h>
 #include <vector>
 
@@ -305,20 +306,77 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned)
+// Calls come in the default stream, which runs what it is given at once. Any other runs it as late as it may: when the
+// default stream waits for it. So what is read or written too late shows; what overlaps does not.
+struct CUstream_st
 {
-    *stream = reinterpret_cast<cudaStream_t>(new char);
+    std::vector<std::function<cudaError_t()>> waiting;
+};
+
+struct CUevent_st
+{
+    cudaStream_t stream = nullptr;
+    size_t after = 0; // how much of it
+};
+
+namespace
+{
+
+std::set<cudaStream_t> streams;
+
+cudaError_t runWaiting(cudaStream_t stream, size_t count)
+{
+    cudaError_t error = cudaSuccess;
+    for (size_t i = 0; i < count && error == cudaSuccess; ++i)
+    {
+        error = stream->waiting[i]();
+    }
+    stream->waiting.erase(stream->waiting.begin(), stream->waiting.begin() + count);
+    return error;
+}
+
+} // namespace
+
+// For tests, which wait for the device as a host would.
+extern "C" void emulationSynchronize()
+{
+    for (const cudaStream_t stream : streams)
+    {
+        runWaiting(stream, stream->waiting.size());
+    }
+}
+
+namespace emulation
+{
+
+cudaError_t enqueue(cudaStream_t stream, std::function<cudaError_t()> work)
+{
+    if (stream == nullptr)
+    {
+        return work();
+    }
+    stream->waiting.push_back(std::move(work));
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamSynchronize(cudaStream_t)
+} // namespace emulation
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned)
 {
+    *stream = new CUstream_st;
+    streams.insert(*stream);
     return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream)
+{
+    return runWaiting(stream, stream->waiting.size());
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream)
 {
-    delete reinterpret_cast<char*>(stream);
+    streams.erase(stream);
+    delete stream;
     return cudaSuccess;
 }
 
@@ -333,30 +391,33 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*)
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned)
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned)
 {
-    return cudaSuccess;
+    return stream == nullptr ? cudaEventSynchronize(event) : cudaSuccess;
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned)
 {
-    *event = reinterpret_cast<cudaEvent_t>(new char);
+    *event = new CUevent_st;
     return cudaSuccess;
 }
 
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t)
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
 {
+    *event = {stream, stream == nullptr ? 0 : stream->waiting.size()};
     return cudaSuccess;
 }
 
-cudaError_t cudaEventSynchronize(cudaEvent_t)
+cudaError_t cudaEventSynchronize(cudaEvent_t event)
 {
-    return cudaSuccess;
+    const size_t count = event->stream == nullptr ? 0 : std::min(event->after, event->stream->waiting.size());
+    event->after = 0;
+    return count == 0 ? cudaSuccess : runWaiting(event->stream, count);
 }
 
 cudaError_t cudaEventDestroy(cudaEvent_t event)
 {
-    delete reinterpret_cast<char*>(event);
+    delete event;
     return cudaSuccess;
 }
 

@@ -40,6 +40,9 @@ extern Coordinates thread_index, block_index, block_size, grid_size;
 cudaError_t runGrid(
     dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& thread, unsigned cluster = 1);
 
+// Have work run in a stream.
+cudaError_t enqueue(cudaStream_t stream, std::function<cudaError_t()> work);
+
 void waitForBlock();
 void waitForWarp();
 void waitForCluster();
@@ -218,10 +221,11 @@ namespace hip_trt
 
 // In place of plugins/cuda/launch.cuh.
 template <typename... Parameters>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared_bytes, cudaStream_t,
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared_bytes, cudaStream_t stream,
     const Parameters&... arguments)
 {
-    return emulation::runGrid(grid, threads, shared_bytes, [&] { kernel(arguments...); });
+    return emulation::enqueue(
+        stream, [=] { return emulation::runGrid(grid, threads, shared_bytes, [&] { kernel(arguments...); }); });
 }
 
 // In place of plugins/cuda/ptx.cuh.
