@@ -211,7 +211,7 @@ def markdown(content: dict[str, Any]) -> str:
         f"{content['model']}, layers {', '.join(map(str, content['layers']))}; {content['text']}; "
         f"{content['steps'] - content['warm_up']} decode steps after {content['warm_up']} that are not counted; "
         f"contexts of more than {content['stretch']} tokens are stretches side by side.", "",
-        "Cells: blocks read over the bus per decode step, layer and KV head (in 8B geometry, 32 layers of 8 KV heads "
+        "Cells: blocks that steps miss, per decode step, layer and KV head (in 8B geometry, 32 layers of 8 KV heads "
         "of size 128 in bfloat16, also MiB per token), and the hit ratio of look-ups in percent. Sizes: of the "
         "different blocks that a step reads, and of the full cache of keys (or values).",
     ]
@@ -241,7 +241,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     shown = (1.0, 1.5, 2.0, 3.0)
     lines = [
         "", "## The shipped policy, at 1, 1.5, 2 and 3 times what a step reads", "",
-        "Blocks over the bus per step, layer and KV head, and beside it how many times the optimum's; the last column "
+        "Blocks missed per step, layer and KV head (the shipped cache reads each once more, to fill), and beside it "
+        "how many times the optimum's; the last column "
         "is true LRU at twice a step's reads over the optimum. A step's reads are different blocks per layer, of all "
         "KV heads, on average.",
         "", f"| context | searched | cache | step's reads | {' | '.join(f'{m:g}x' for m in shown)} | LRU, 2x |",
@@ -291,7 +292,7 @@ def plot(content: dict[str, Any], path: Path) -> bool:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.set_xticks([], minor=True)
             axes.grid(True, alpha=0.3)
-        line[0].set_ylabel("blocks over the bus\nper step, layer and KV head")
+        line[0].set_ylabel("blocks missed\nper step, layer and KV head")
     grid[0][-1].legend(fontsize=8)
     figure.suptitle(f"{context // 1024}k tokens of text, {content['model']}; the last point is the full cache")
     figure.savefig(path, dpi=100, bbox_inches="tight")
