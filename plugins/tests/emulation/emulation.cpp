@@ -306,8 +306,8 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
     return cudaSuccess;
 }
 
-// Calls come in the default stream, which runs what it is given at once. Any other runs it as late as it may: when the
-// default stream waits for it. So what is read or written too late shows; what overlaps does not.
+// Calls come in streams of the caller's, which run what they are given at once. One that is made here runs it as late as it
+// may: when one of the former waits for it. So what is read or written too late shows; what overlaps does not.
 struct CUstream_st
 {
     std::vector<std::function<cudaError_t()>> waiting;
@@ -322,7 +322,12 @@ struct CUevent_st
 namespace
 {
 
-std::set<cudaStream_t> streams;
+std::set<cudaStream_t> streams; // that were made here
+
+bool isLate(cudaStream_t stream)
+{
+    return streams.count(stream) != 0;
+}
 
 cudaError_t runWaiting(cudaStream_t stream, size_t count)
 {
@@ -351,7 +356,7 @@ namespace emulation
 
 cudaError_t enqueue(cudaStream_t stream, std::function<cudaError_t()> work)
 {
-    if (stream == nullptr)
+    if (!isLate(stream))
     {
         return work();
     }
@@ -370,7 +375,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned)
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 {
-    return runWaiting(stream, stream->waiting.size());
+    return isLate(stream) ? runWaiting(stream, stream->waiting.size()) : cudaSuccess;
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream)
@@ -393,7 +398,7 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*)
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned)
 {
-    return stream == nullptr ? cudaEventSynchronize(event) : cudaSuccess;
+    return isLate(stream) ? cudaSuccess : cudaEventSynchronize(event);
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned)
@@ -404,7 +409,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned)
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
 {
-    *event = {stream, stream == nullptr ? 0 : stream->waiting.size()};
+    *event = isLate(stream) ? CUevent_st{stream, stream->waiting.size()} : CUevent_st{};
     return cudaSuccess;
 }
 
