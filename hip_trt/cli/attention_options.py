@@ -1,4 +1,4 @@
-"""Options that the studies of attention share: which texts, how long, where, and where results go."""
+"""Options that the studies share: which texts, how long, where, and where results go."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hip_trt.cli.console import out
+from hip_trt.errors import RuntimeInputError
 
 if TYPE_CHECKING:
     from hip_trt.evaluate.study import Plot, Study
@@ -37,6 +38,29 @@ OUT = Path("build/eval")
 def names(texts: str) -> list[str]:
     """Of ``--texts``."""
     return [name.strip() for name in texts.split(",") if name.strip()]
+
+
+def numbers(option: str, given: str, *, example: str) -> list[int]:
+    """Of an option such as ``--lengths``.
+
+    Raises:
+        RuntimeInputError: they are no numbers.
+    """
+    try:
+        return [int(part) for part in given.split(",") if part.strip()]
+    except ValueError:
+        raise RuntimeInputError(
+            f"{option}: {given!r} is not allowed; it must be numbers with commas, such as {example}."
+        ) from None
+
+
+def plugin_of(device: str) -> Path | None:
+    """The library that computes on a device; None where the reference does."""
+    if not device.startswith("cuda"):
+        return None
+    from hip_trt.library import plugin_path
+
+    return plugin_path()
 
 
 def finish(study: Study, folder: Path, plots: Mapping[str, Plot]) -> None:

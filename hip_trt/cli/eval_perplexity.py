@@ -7,7 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hip_trt.cli.attention_options import OUT, Device, Files, MaxTokens, Model, Out, Seed, Texts, command, finish, names
+from hip_trt.cli.attention_options import (
+    OUT,
+    Device,
+    Files,
+    MaxTokens,
+    Model,
+    Out,
+    Seed,
+    Texts,
+    command,
+    finish,
+    names,
+    numbers,
+    plugin_of,
+)
 from hip_trt.errors import RuntimeInputError
 
 if TYPE_CHECKING:
@@ -93,17 +107,15 @@ def perplexity(
     """
     from hip_trt.evaluate import machine, perplexity_report
     from hip_trt.evaluate import texts as shipped
-    from hip_trt.evaluate.models import DTYPES, encode, load_model
+    from hip_trt.evaluate.models import DTYPES, encode, evaluation_dtype, load_model
     from hip_trt.evaluate.perplexity_grid import LONG, read_grid
     from hip_trt.evaluate.perplexity_run import Options, run
     from hip_trt.progress import Steps
 
-    kind = dtype or ("float16" if device.startswith("cuda") else "float32")
-    if kind not in DTYPES:
-        raise RuntimeInputError(f"--dtype: {kind!r} is not known.", f"Give one of {', '.join(DTYPES)}.")
-    longer = _numbers("--lengths", lengths)
+    kind = evaluation_dtype(dtype, device)
+    longer = numbers("--lengths", lengths, example="16384,32768")
     cases, long_cases = read_grid(grid), LONG if long_grid is None else read_grid(long_grid)
-    chosen = shipped.gather(names(texts) or ([] if text else shipped.installed()), text or ())
+    chosen = shipped.choose(names(texts), text or ())
     loaded, tokenizer = load_model(model, device=device, dtype=DTYPES[kind])
     context = int(loaded.config.max_position_embeddings)
     tokens = min(8192, context) if max_tokens is None else max_tokens
@@ -114,7 +126,7 @@ def perplexity(
     encoded = {
         item.name: encode(tokenizer, item.content, max([tokens, *longer]), item.name, least=tokens) for item in chosen
     }
-    measured_on = machine.describe(device, _library(device))
+    measured_on = machine.describe(device, plugin_of(device))
 
     def finished(data: dict[str, Any]) -> Study:
         return perplexity_report.study(
@@ -138,20 +150,3 @@ def perplexity(
     )
     data = run(loaded, encoded, options, say=Steps().note, save=lambda data: finished(data).write(out))
     finish(finished(data), out, {"": perplexity_report.plot(data)})
-
-
-def _numbers(option: str, given: str) -> list[int]:
-    try:
-        return [int(part) for part in given.split(",") if part.strip()]
-    except ValueError:
-        raise RuntimeInputError(
-            f"{option}: {given!r} is not allowed; it must be numbers with commas, such as 16384,32768."
-        ) from None
-
-
-def _library(device: str) -> Path | None:
-    if not device.startswith("cuda"):
-        return None
-    from hip_trt.library import plugin_path
-
-    return plugin_path()

@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from hip_trt.cli.attention_options import OUT, Device, Files, Model, Out, Seed, Texts, command, finish, names
+from hip_trt.cli.attention_options import (
+    OUT,
+    Device,
+    Files,
+    Model,
+    Out,
+    Seed,
+    Texts,
+    command,
+    finish,
+    names,
+    numbers,
+    plugin_of,
+)
 from hip_trt.cli.config_options import resolve_config, with_config_options
 from hip_trt.errors import RuntimeInputError
 
@@ -80,15 +93,13 @@ def retrieval(
     from hip_trt.evaluate import retrieval, retrieval_report
     from hip_trt.evaluate import texts as shipped
     from hip_trt.evaluate.machine import describe
-    from hip_trt.evaluate.models import DTYPES, load_model
+    from hip_trt.evaluate.models import DTYPES, evaluation_dtype, load_model
     from hip_trt.evaluate.retrieval_language import RecallLanguage
     from hip_trt.evaluate.retrieval_probes import synthetic_probe, text_probe
 
     if asked not in ("prefill", "decode"):
         raise RuntimeInputError(f"--question: {asked!r} is not known.", "Give prefill or decode.")
-    kind = dtype or ("float16" if device.startswith("cuda") else "float32")
-    if kind not in DTYPES:
-        raise RuntimeInputError(f"--dtype: {kind!r} is not known.", f"Give one of {', '.join(DTYPES)}.")
+    kind = evaluation_dtype(dtype, device)
     choices = retrieval.choices(
         retrieval.GRID if grid is None else retrieval.read_grid(grid), resolve_config(config_file, fields or {})
     )
@@ -96,10 +107,13 @@ def retrieval(
     language = RecallLanguage.of(loaded.config)
     context = int(loaded.config.max_position_embeddings)
     usual = _TEXT_LENGTHS if language is None else _RECALL_LENGTHS
-    tokens = _numbers("--lengths", lengths) or [length for length in usual if length <= context] or [context]
+    tokens = (
+        numbers("--lengths", lengths, example="4096,8192")
+        or [length for length in usual if length <= context] or [context]
+    )
     retrieval.check_lengths(loaded, tokens)
-    spans = _numbers("--stretches", stretches)
-    chosen = [] if language else shipped.gather(names(texts) or ([] if files else shipped.installed()), files or ())
+    spans = numbers("--stretches", stretches, example="4096,8192")
+    chosen = [] if language else shipped.choose(names(texts), files or ())
     each = facts or (16 if language else 8)
 
     def settings() -> Iterator[Setting]:
@@ -114,7 +128,7 @@ def retrieval(
                     text_probe(tokenizer, text, length, facts=each, seed=seed + number) for number in range(probes)
                 ])
 
-    measured_on = describe(loaded.device, _library(device))
+    measured_on = describe(loaded.device, plugin_of(device))
     parameters = {
         "model": model.name, "facts in a context": each, "contexts": probes, "dtype": kind, "seed": seed,
         **({"texts": {text.name: f"{text.source} (sha256 {text.sha256})" for text in chosen}} if chosen else {}),
@@ -135,20 +149,3 @@ def retrieval(
         say=lambda text: print(text, file=sys.stderr, flush=True), save=lambda data: report(data).write(out),
     )
     finish(report(data), out, retrieval_report.plots(data))
-
-
-def _numbers(option: str, given: str) -> list[int]:
-    try:
-        return [int(part) for part in given.split(",") if part.strip()]
-    except ValueError:
-        raise RuntimeInputError(
-            f"{option}: {given!r} is not allowed; it must be numbers with commas, such as 4096,8192."
-        ) from None
-
-
-def _library(device: str) -> Path | None:
-    if not device.startswith("cuda"):
-        return None
-    from hip_trt.library import plugin_path
-
-    return plugin_path()

@@ -34,7 +34,7 @@ def load(
     Raises:
         CheckpointError, EnvironmentProblem, RuntimeInputError: what is given cannot be loaded, or a text is too short.
     """
-    found = texts.gather(names or ([] if files else texts.installed()), files)
+    found = texts.choose(names, files)
     model, tokenizer = load_model(path, device=device, dtype=torch.float32)
     count = min(MOST_TOKENS, model.config.max_position_embeddings) if max_tokens is None else max_tokens
     tokens = {text.name: encode(tokenizer, text.content, count, text.name) for text in found}

@@ -21,7 +21,8 @@ from hip_trt.bench.inputs import draw
 from hip_trt.bench.prefill_call import PrefillCall
 from hip_trt.bench.timing import replayed_steps, single_calls
 from hip_trt.config import HipConfig
-from hip_trt.errors import ConfigError, HipTrtError
+from hip_trt.errors import HipTrtError
+from hip_trt.evaluate.variations import variations_of
 from hip_trt.library import Library
 
 PREFILL_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -67,14 +68,7 @@ def cases(base: HipConfig, batches: Sequence[int] = BATCHES) -> list[Case]:
         ]
         if mode == "prefill":
             changes += [{"stride_q": 1}, {"stride_q": 16}]
-        for change in changes:
-            try:
-                config = base.replace(**change)
-            except ConfigError:
-                continue
-            if config != base:
-                name = ", ".join(f"{field} {value}" for field, value in change.items())
-                found.append(Case(mode, name, config, 1))
+        found += [Case(mode, name, config, 1) for name, config in variations_of(base, changes)]
     return found
 
 

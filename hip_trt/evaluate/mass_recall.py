@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from hip_trt.config import HipConfig
-from hip_trt.errors import ConfigError, RuntimeInputError
+from hip_trt.errors import RuntimeInputError
 from hip_trt.evaluate.attention_states import visit_layers
 from hip_trt.evaluate.mass_recall_masks import Masks, ReferenceMasks, candidates, first_search
 from hip_trt.evaluate.mass_recall_rows import Blocks, Masses, dense_rows
+from hip_trt.evaluate.variations import variations_of
 from hip_trt.reference import Tree
 
 MODES = ("prefill", "decode")
@@ -66,14 +67,7 @@ def variations(base: HipConfig, mode: str) -> list[Variation]:
     ]
     if mode == "prefill":
         changes += [{"stride_q": 1}, {"stride_q": base.block_q}]
-    found = [Variation("base", base)]
-    for change in changes:
-        try:
-            config = base.replace(**change)
-        except ConfigError:
-            continue
-        if config != base:
-            found.append(Variation(", ".join(f"{name} {value}" for name, value in change.items()), config))
+    found = [Variation("base", base), *(Variation(name, config) for name, config in variations_of(base, changes))]
     if mode == "decode":
         # With few blocks to a node, so that there are nodes to keep at lengths that small models have.
         narrow = base.replace(reuse_level=1, leaf_branch=min(base.leaf_branch, 4))

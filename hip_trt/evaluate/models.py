@@ -14,6 +14,18 @@ from hip_trt.errors import CheckpointError, EnvironmentProblem, RuntimeInputErro
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+def evaluation_dtype(name: str | None, device: str) -> str:
+    """A name of :data:`DTYPES`: the given one, or else float16 on a GPU and float32 elsewhere.
+
+    Raises:
+        RuntimeInputError: there is no such type.
+    """
+    kind = name or ("float16" if device.startswith("cuda") else "float32")
+    if kind not in DTYPES:
+        raise RuntimeInputError(f"--dtype: {kind!r} is not known.", f"Give one of {', '.join(DTYPES)}.")
+    return kind
+
+
 def load_model(path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer. Nothing is fetched.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from hip_trt.config import HipConfig
 from hip_trt.evaluate.study import Cell, Study, Table
+from hip_trt.evaluate.variations import in_words
 
 GOAL = 1.0
 """Percent of perplexity that pruning may cost on every text."""
@@ -204,7 +205,7 @@ def _reuse(hip: Sequence[Mapping[str, Any]], where: str) -> list[str]:
             continue
         rows = sorted(rows, key=_interval)
         others = {name: value for name, value in rows[0]["changes"].items() if name != "refresh_interval"}
-        what = ", ".join(f"{name} {value}" for name, value in others.items()) or "the default"
+        what = in_words(others) or "the default"
         series = ", ".join(f"{_interval(row)}: {row['worst']:+.2f}%" for row in rows)
         said.append(f"{where}, {what}, worst text by refresh interval: {series}.")
     return said
@@ -282,7 +283,7 @@ def _plot_intervals(axes: Any, sections: Sequence[Mapping[str, Any]]) -> None:
         for row in section["rows"]:
             others = {name: value for name, value in row["changes"].items() if name != "refresh_interval"}
             if row["mode"] == "decode" and row["method"] == "hip" and "failed" not in row:
-                label = ", ".join(f"{name} {value}" for name, value in others.items()) or "default"
+                label = in_words(others) or "default"
                 groups.setdefault(label, []).append((_interval(row), row["worst"]))
         for label, points in groups.items():
             if len(points) > 2:

@@ -23,6 +23,7 @@ from hip_trt.config import HipConfig
 from hip_trt.errors import ConfigError, HipTrtError, RuntimeInputError
 from hip_trt.evaluate.perplexity_grid import METHODS, Method
 from hip_trt.evaluate.retrieval_probes import Fact, Probe
+from hip_trt.evaluate.variations import in_words
 
 Asked = Literal["prefill", "decode"]
 """How a question is read: as a chunk of prompt, or token by token."""
@@ -84,8 +85,7 @@ def choices(grid: Sequence[Mapping[str, Any]] = GRID, base: HipConfig | None = N
         method = changes.pop("method", "hip")
         if method not in METHODS:
             raise ConfigError(f"method: {method!r} is not allowed; it must be one of {', '.join(METHODS)}.")
-        words = [] if method == "hip" else [METHODS[method]]
-        words += [f"{name} {value}" for name, value in changes.items()]
+        words = [*([] if method == "hip" else [METHODS[method]]), *([in_words(changes)] if changes else [])]
         config = base.replace(**changes) if changes else base
         found.append(Choice(", ".join(words) or DEFAULT, config, method))
     return found

@@ -135,6 +135,11 @@ def gather(names: Sequence[str] = (), files: Sequence[str | Path] = ()) -> list[
     return found
 
 
+def choose(names: Sequence[str] = (), files: Sequence[str | Path] = ()) -> list[Text]:
+    """What :func:`gather` gives; the texts that are installed where neither names nor files are given."""
+    return gather(names or ([] if files else installed()), files)
+
+
 def installed() -> list[str]:
     """Names of the texts that are installed here."""
     return [name for name in SHIPPED if _is_installed(name)]

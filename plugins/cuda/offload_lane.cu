@@ -70,11 +70,10 @@ cudaError_t HipTrtOffloadLane::enter(cudaStream_t stream)
     {
         return error;
     }
-    if (pending_ && capture_ == 0)
+    if (!layers_.empty() && capture_ == 0)
     {
         error = waitOnHost(done_);
     } // else the capture has ended, and its graph has this work
-    pending_ = false;
     layers_.clear();
     capture_ = capture;
     return error;
@@ -82,8 +81,7 @@ cudaError_t HipTrtOffloadLane::enter(cudaStream_t stream)
 
 cudaError_t HipTrtOffloadLane::joinEntered(cudaStream_t stream)
 {
-    const cudaError_t error = pending_ ? cudaStreamWaitEvent(stream, done_, 0) : cudaSuccess;
-    pending_ = false;
+    const cudaError_t error = layers_.empty() ? cudaSuccess : cudaStreamWaitEvent(stream, done_, 0);
     layers_.clear();
     return error;
 }
@@ -106,7 +104,6 @@ cudaError_t HipTrtOffloadLane::fork(
         return error;
     }
     layers_.push_back(key_pool);
-    pending_ = true;
     error = work(stream_);
     const cudaError_t recorded = cudaEventRecord(done_, stream_);
     return error == cudaSuccess ? recorded : error;

@@ -37,7 +37,6 @@ private:
     cudaStream_t stream_ = nullptr;
     cudaEvent_t forked_ = nullptr;
     cudaEvent_t done_ = nullptr;
-    bool pending_ = false;            // forked, and not joined
-    std::vector<const void*> layers_; // key pools of those that forked
-    unsigned long long capture_ = 0;  // in which all this was; 0: in none
+    std::vector<const void*> layers_; // key pools of those that forked, and are not joined
+    unsigned long long capture_ = 0;  // in which that was; 0: in none
 };
