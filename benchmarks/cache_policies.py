@@ -148,7 +148,7 @@ def study(
         need = float(np.mean([a.distinct()[warm_up:].mean() for a in accesses]))
         for multiple, blocks in sizes(need, full, multiples):
             for policy in policies:
-                counts = sum((simulate(policy, a, blocks).counts(warm_up) for a in accesses), CacheCounts(0, 0, 0, 0))
+                counts = sum((simulate(policy, a, blocks).counts(warm_up) for a in accesses), CacheCounts())
                 unit = sum(a.steps - warm_up for a in accesses) * kv_heads
                 rows.append(Row(
                     context, mode, cache, policy, multiple, blocks, blocks / full, need, counts.lookups / unit,

@@ -14,7 +14,7 @@ from hip_trt.config import HipConfig
 from hip_trt.errors import ConfigError, PluginError
 from hip_trt.library import Library
 from hip_trt.offload import BlockCaches, CacheCounts
-from hip_trt.offload.block_caches import Staging
+from hip_trt.offload.block_caches import Landing, Staging
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
 CPU = torch.device("cpu")
@@ -33,9 +33,14 @@ def pools(batch: int, dtype: torch.dtype = torch.float16, config: HipConfig = CO
 
 def play(
     library: Library, prompts: tuple[int, ...], *, blocks: int | None, staging: bool = True, steps: int = 7,
-    dtype: torch.dtype = torch.float16, config: HipConfig = CONFIG, query_heads: int = 4,
+    dtype: torch.dtype = torch.float16, config: HipConfig = CONFIG, query_heads: int = 4, landing: int = 0,
 ) -> tuple[list[Tensor], tuple[CacheCounts, CacheCounts] | None]:
-    """Results of a conversation, and what its caches counted; ``blocks`` of None: nothing attached."""
+    """Results of a conversation, and what its caches counted.
+
+    Args:
+        blocks: of each cache; None: nothing attached.
+        landing: blocks of the landing area; 0: none.
+    """
     keys, values = pools(len(prompts), dtype, config)
     conversation = Conversation.start(
         library, keys, values, batch=len(prompts), slots=SLOTS, query_heads=query_heads, config=config
@@ -44,23 +49,41 @@ def play(
         return conversation.play(prompts, steps), None
     area = Staging.allocate(keys, len(prompts) * SLOTS, CPU) if staging else None
     with BlockCaches(
-        library, keys, values, config, key_blocks=blocks, value_blocks=blocks, device=CPU, staging=area
+        library, keys, values, config, key_blocks=blocks, value_blocks=blocks, device=CPU, staging=area,
+        landing=landing_area(keys, config, landing),
     ) as caches:
         return conversation.play(prompts, steps), caches.counts()
 
 
+def landing_area(pool: Tensor, config: HipConfig, blocks: int) -> Landing | None:
+    if not blocks:
+        return None
+    area = Landing.allocate(blocks, config.block_k * HEAD_DIM * pool.element_size(), CPU)
+    area.rows.fill_(0x7F)  # NaN in every type
+    return area
+
+
+@pytest.mark.parametrize("landing", [0, 1, 8, 1024])
 @pytest.mark.parametrize(("prompts", "blocks"), [
     ((330,), 32), ((330, 40, 133), 0), ((330, 40, 133), 32), ((330, 40, 133), 96), ((330, 40, 133), 100_000),
 ])
-def test_every_size_gives_the_same_bits(library: Library, prompts: tuple[int, ...], blocks: int) -> None:
+def test_every_size_gives_the_same_bits(
+    library: Library, prompts: tuple[int, ...], blocks: int, landing: int
+) -> None:
     expected, _ = play(library, prompts, blocks=None)
-    actual, counts = play(library, prompts, blocks=blocks)
+    actual, counts = play(library, prompts, blocks=blocks, landing=landing)
     assert_same(actual, expected)
     assert counts is not None
     for cache in counts:
         assert cache.lookups > 0
         if blocks == 0:
             assert (cache.misses, cache.fills) == (cache.lookups, 0)
+        elif landing in (0, 1024):
+            assert cache.rereads == (0 if landing else cache.fills)
+        else:
+            assert 0 < cache.rereads < cache.fills
+        if blocks == 0:
+            pass
         elif blocks == 100_000:
             assert cache.evictions == 0
             assert cache.hit_ratio > 0.7
@@ -77,8 +100,14 @@ def test_configurations(library: Library, changes: dict[str, object]) -> None:
     config = CONFIG.replace(**changes)
     options = {"config": config, "steps": 9, "dtype": torch.bfloat16}
     expected, _ = play(library, (300, 60), blocks=None, **options)
-    actual, _ = play(library, (300, 60), blocks=32, **options)
-    assert_same(actual, expected)
+    for landing in (0, 16, 1024):
+        actual, counts = play(library, (300, 60), blocks=32, landing=landing, **options)
+        assert_same(actual, expected)
+        assert counts is not None
+        # Values of blocks that two warps read do not land.
+        assert (counts[1].rereads < counts[1].fills) == (landing > 0 and config.block_k <= 16)
+        if config.block_k < 64:  # else all of it is attended, and nothing searched
+            assert (counts[0].rereads < counts[0].fills) == (landing > 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -97,15 +126,15 @@ def test_counts_are_of_blocks(library: Library) -> None:
     with BlockCaches(library, keys, values, CONFIG, key_blocks=512, value_blocks=512, device=CPU) as caches:
         conversation.decode(1)
         blocks = HEADS * 7  # of 16 tokens, 101 in all
-        assert caches.counts() == (CacheCounts(0, blocks, blocks, 0),) * 2
+        assert caches.counts() == (CacheCounts(0, blocks, blocks, 0, blocks),) * 2
         conversation.decode(1)
-        assert caches.counts() == (CacheCounts(blocks, blocks, blocks, 0),) * 2
+        assert caches.counts() == (CacheCounts(blocks, blocks, blocks, 0, blocks),) * 2
         caches.forget()
         conversation.decode(1)
-        assert caches.counts() == (CacheCounts(blocks, 2 * blocks, 2 * blocks, 0),) * 2
+        assert caches.counts() == (CacheCounts(blocks, 2 * blocks, 2 * blocks, 0, 2 * blocks),) * 2
         slots = 2 * 4 * keys.nbytes // caches.block_bytes
-        in_caches = (caches.key_blocks + caches.value_blocks) * (16 * HEAD_DIM * 2 + 8 + 4)
-        assert caches.nbytes == in_caches + slots + 80 + 2 * 4
+        in_caches = (caches.key_blocks + caches.value_blocks) * (16 * HEAD_DIM * 2 + 8 + 8)
+        assert caches.nbytes == in_caches + slots + 96 + 2 * 8
 
 
 def test_least_recently_used_blocks_are_replaced(library: Library) -> None:

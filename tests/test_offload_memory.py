@@ -230,8 +230,8 @@ def test_bad_settings(fields: dict[str, Any], message: str) -> None:
 # Statistics
 
 STATS = OffloadStats(
-    keys=(CacheCounts(90, 10, 4, 2), CacheCounts(0, 0, 0, 0)),
-    values=(CacheCounts(30, 10, 0, 0), CacheCounts(5, 0, 0, 0)), tokens=4, block_bytes=4096,
+    keys=(CacheCounts(90, 10, 4, 2, 4), CacheCounts()),
+    values=(CacheCounts(30, 10), CacheCounts(5)), tokens=4, block_bytes=4096,
     key_cache_bytes=1 << 20, value_cache_bytes=1 << 19, other_gpu_bytes=1000,
     host_bytes=1 << 25,
 )
@@ -243,7 +243,7 @@ def test_statistics() -> None:
     assert STATS.gpu_bytes == (1 << 20) + (1 << 19) + 1000
     values = STATS.to_json()
     assert values["keys"] == {
-        "hits": 90, "misses": 10, "fills": 4, "evictions": 2, "hit_ratio": 0.9, "bus_bytes": 14 * 4096,
+        "hits": 90, "misses": 10, "fills": 4, "evictions": 2, "rereads": 4, "hit_ratio": 0.9, "bus_bytes": 14 * 4096,
     }
     assert values["layers"][1]["keys"]["hit_ratio"] is None
     assert values["values"]["hit_ratio"] == 35 / 45

@@ -10,7 +10,6 @@ the same but for a factor of 2.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +123,6 @@ def load(path: Path, device: torch.device) -> tuple[Any, Any]:
     ALL_MASK_ATTENTION_FUNCTIONS.register("record_rows", lambda *_, **__: None)
     options = {"gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
-    print("reading the model", file=sys.stderr, flush=True)
     model = AutoModelForCausalLM.from_pretrained(
         path.parent, dtype=torch.bfloat16, attn_implementation="record_rows", **options
     )

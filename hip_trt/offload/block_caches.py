@@ -16,7 +16,7 @@ from hip_trt.library import Library
 WAYS = 32
 """HIP_TRT_CACHE_WAYS: blocks among which the least recently used one is replaced."""
 
-_MISSED_HEADER = 1
+_MISSED_HEADER = 2
 """HIP_TRT_CACHE_MISSED_HEADER: numbers before the list of missed blocks."""
 
 _EVENTS_AT = 2
@@ -30,14 +30,20 @@ class _BlockCacheStruct(ctypes.Structure):
                 ("missed", ctypes.c_void_p), ("blocks", ctypes.c_int32), ("pool_blocks", ctypes.c_int32)]
 
 
+class _LandingStruct(ctypes.Structure):
+    """HipTrtLanding."""
+
+    _fields_ = [("rows", ctypes.c_void_p), ("tickets", ctypes.c_void_p), ("blocks", ctypes.c_int32)]
+
+
 class _OffloadStruct(ctypes.Structure):
     """HipTrtOffload."""
 
     _fields_ = [
         ("key_pool", ctypes.c_void_p), ("value_pool", ctypes.c_void_p), ("keys", _BlockCacheStruct),
-        ("values", _BlockCacheStruct), ("counters", ctypes.c_void_p), ("staging_keys", ctypes.c_void_p),
-        ("staging_values", ctypes.c_void_p), ("staging_table", ctypes.c_void_p), ("staging_pages", ctypes.c_int32),
-        ("last_layer", ctypes.c_int32), ("lane", ctypes.c_void_p),
+        ("values", _BlockCacheStruct), ("landing", _LandingStruct), ("counters", ctypes.c_void_p),
+        ("staging_keys", ctypes.c_void_p), ("staging_values", ctypes.c_void_p), ("staging_table", ctypes.c_void_p),
+        ("staging_pages", ctypes.c_int32), ("last_layer", ctypes.c_int32), ("lane", ctypes.c_void_p),
     ]
 
 
@@ -48,14 +54,16 @@ class CacheCounts:
     Attributes:
         hits: found in GPU memory by the step that needed them.
         misses: read over the bus by the step that needed them.
-        fills: copied over the bus to GPU memory after a step that missed them.
+        fills: copied to the cache after a step that missed them.
         evictions: fills that replaced another block.
+        rereads: fills that read the block over the bus once more, as it had not landed in GPU memory.
     """
 
-    hits: int
-    misses: int
-    fills: int
-    evictions: int
+    hits: int = 0
+    misses: int = 0
+    fills: int = 0
+    evictions: int = 0
+    rereads: int = 0
 
     @property
     def lookups(self) -> int:
@@ -64,7 +72,7 @@ class CacheCounts:
     @property
     def transfers(self) -> int:
         """Blocks read over the bus."""
-        return self.misses + self.fills
+        return self.misses + self.rereads
 
     @property
     def hit_ratio(self) -> float:
@@ -103,6 +111,31 @@ class Staging:
         return self.keys.nbytes + self.values.nbytes + self.table.nbytes
 
 
+@dataclass(frozen=True)
+class Landing:
+    """GPU memory where decode steps leave what they read over the bus until it is placed in a cache; shared by layers, as
+    one runs after the other, and no larger than what one of them may miss at once.
+
+    Attributes:
+        rows: [blocks, bytes of a block] uint8; ``blocks`` is a power of two.
+        tickets: [2] int32.
+    """
+
+    rows: Tensor
+    tickets: Tensor
+
+    @classmethod
+    def allocate(cls, blocks: int, block_bytes: int, device: torch.device) -> Landing:
+        """For at most ``blocks`` (1 or more) at once, rounded down."""
+        whole = 1 << blocks.bit_length() - 1
+        return cls(torch.empty(whole, block_bytes, dtype=torch.uint8, device=device),
+                   torch.zeros(2, dtype=torch.int32, device=device))
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes + self.tickets.nbytes
+
+
 class Lane:
     """A stream beside that of the calls, for what may wait: filling caches, writing prefill's rows to the pools.
 
@@ -132,6 +165,8 @@ class BlockCaches:
         device: the GPU.
         staging: shared by layers; None: prefill reads the pools over the bus.
         lane: shared by layers; None: what a call leaves to be done runs in its stream.
+        landing: shared by layers that share a lane, or have none; None: what is missed is read over the bus twice, by
+            the step and to be placed in a cache.
         last_layer: no layer comes after this one: its calls wait for the lane.
 
     Raises:
@@ -150,6 +185,7 @@ class BlockCaches:
         device: torch.device,
         staging: Staging | None = None,
         lane: Lane | None = None,
+        landing: Landing | None = None,
         last_layer: bool = False,
     ) -> None:
         if min(key_blocks, value_blocks) < 0:
@@ -159,7 +195,7 @@ class BlockCaches:
         self.block_bytes = config.block_k * head_dim * key_pool.element_size()
         self.key_pool, self.value_pool = key_pool, value_pool
         self.staging: Staging | None = None
-        self._library, self._lane, self._last_layer = library, lane, last_layer
+        self._library, self._lane, self._landing, self._last_layer = library, lane, landing, last_layer
         self._counters = torch.zeros(_EVENTS_AT + 2 * len(fields(CacheCounts)), dtype=torch.int64, device=device)
         self._memory = [
             self._allocate(min(blocks, -(-in_pool // WAYS) * WAYS), in_pool, device)
@@ -179,11 +215,11 @@ class BlockCaches:
         return (torch.empty(blocks, self.block_bytes, dtype=torch.uint8, device=device),
                 torch.zeros(blocks, dtype=torch.int64, device=device),
                 torch.zeros(in_pool if blocks else 0, dtype=torch.int32, device=device),
-                torch.zeros(_MISSED_HEADER + blocks if blocks else 0, dtype=torch.int32, device=device))
+                torch.zeros(_MISSED_HEADER + 2 * blocks if blocks else 0, dtype=torch.int32, device=device))
 
     @property
     def nbytes(self) -> int:
-        """GPU memory of both caches, staging not counted."""
+        """GPU memory of both caches; what layers share is not counted."""
         return self._counters.nbytes + sum(tensor.nbytes for cache in self._memory for tensor in cache)
 
     @property
@@ -204,7 +240,9 @@ class BlockCaches:
         """Have prefill attend from other GPU memory, or from the pools, from now on; the caches stay as they are."""
         self.staging = staging
         self._library.attach_offload(_OffloadStruct(
-            self.key_pool.data_ptr(), self.value_pool.data_ptr(), *self._caches, self._counters.data_ptr(),
+            self.key_pool.data_ptr(), self.value_pool.data_ptr(), *self._caches,
+            _LandingStruct(self._landing.rows.data_ptr(), self._landing.tickets.data_ptr(), len(self._landing.rows))
+            if self._landing else _LandingStruct(None, None, 0), self._counters.data_ptr(),
             *((staging.keys.data_ptr(), staging.values.data_ptr(), staging.table.data_ptr(), len(staging.keys))
               if staging else (None, None, None, 0)),
             int(self._last_layer), None if self._lane is None else self._lane.handle,

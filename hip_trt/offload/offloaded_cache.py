@@ -12,7 +12,7 @@ from hip_trt import library as libraries
 from hip_trt.errors import RuntimeInputError
 from hip_trt.library import Library
 from hip_trt.offload import host_memory
-from hip_trt.offload.block_caches import BlockCaches, CacheCounts, Lane, Staging
+from hip_trt.offload.block_caches import BlockCaches, CacheCounts, Landing, Lane, Staging
 from hip_trt.offload.host_limits import gib, require_host_memory
 from hip_trt.offload.host_memory import Host, HostMemory, warn_once
 from hip_trt.offload.settings import Offload
@@ -23,14 +23,15 @@ _REMEDY = "Use fewer pages: a shorter context (--max-seq-len), or a smaller batc
 _SLOTS_AT_ONCE = 16
 """Pages of each sequence that pass through GPU memory together when sequences are rearranged."""
 
-_NO_COUNTS = CacheCounts(0, 0, 0, 0), CacheCounts(0, 0, 0, 0)
+_NO_COUNTS = CacheCounts(), CacheCounts()
 
 
 class _Layer:
     """One layer's pools and caches."""
 
     def __init__(
-        self, geometry: Geometry, sizes: CacheSizes, host: Host, library: Library, lane: Lane | None, last: bool
+        self, geometry: Geometry, sizes: CacheSizes, host: Host, library: Library, lane: Lane | None,
+        landing: Landing | None, last: bool,
     ) -> None:
         self.geometry = geometry
         self.memory = HostMemory(host, geometry.layer_bytes)
@@ -38,7 +39,7 @@ class _Layer:
             self.keys, self.values = _pools(self.memory.device_bytes(), geometry)
             self.caches = BlockCaches(
                 library, self.keys, self.values, geometry.config, key_blocks=sizes.keys, value_blocks=sizes.values,
-                device=host.device, lane=lane, last_layer=last,
+                device=host.device, lane=lane, landing=landing, last_layer=last,
             )
         except BaseException:
             host.synchronize()
@@ -85,6 +86,7 @@ class OffloadedCache:
         self._library = libraries.load() if library is None else library
         self.offload, self.geometry = offload, geometry
         self._lane: Lane | None = None
+        self._landing: Landing | None = None
         self._staging: Staging | None = None
         self._stage_in_vain = False
         self._before: list[tuple[CacheCounts, CacheCounts]] = [_NO_COUNTS] * geometry.num_layers
@@ -97,6 +99,7 @@ class OffloadedCache:
         try:
             if geometry.num_layers > 1:
                 self._lane = Lane(self._library, self._host.device)
+            self._landing = self._allocate_landing(geometry, sizes)
             for index in range(geometry.num_layers):
                 self._layers.append(self._layer(index, geometry, sizes))
         except BaseException:
@@ -152,6 +155,7 @@ class OffloadedCache:
         sizes = self._sizes(new)
         self._stage(None)
         self._host.synchronize()
+        self._landing = self._allocate_landing(new, sizes)
         for index, layer in enumerate(self._layers):
             if layer.geometry.pages >= pages:
                 continue  # by an attempt that failed later
@@ -233,7 +237,8 @@ class OffloadedCache:
             sum(getattr(cache, name) for cache in caches) * self.geometry.block_bytes
             for name in ("key_blocks", "value_blocks")
         )
-        whole = sum(cache.nbytes for cache in caches) + (self._staging.nbytes if self._staging else 0)
+        shared = sum(part.nbytes for part in (self._landing, self._staging) if part)
+        whole = sum(cache.nbytes for cache in caches) + shared
         return OffloadStats(
             keys=tuple(key for key, _ in counts), values=tuple(value for _, value in counts), tokens=self._tokens,
             block_bytes=self.geometry.block_bytes, key_cache_bytes=keys, value_cache_bytes=values,
@@ -253,7 +258,7 @@ class OffloadedCache:
     def close(self) -> None:
         """Wait for the GPU, detach the caches and give all memory back. Nothing happens the second time."""
         self._release()
-        self._lane = self._staging = None
+        self._lane = self._landing = self._staging = None
 
     def __enter__(self) -> OffloadedCache:
         return self
@@ -268,13 +273,23 @@ class OffloadedCache:
     def _layer(self, index: int, geometry: Geometry, sizes: CacheSizes) -> _Layer:
         last = index == geometry.num_layers - 1
         try:
-            return _Layer(geometry, sizes, self._host, self._library, self._lane, last)
+            return _Layer(geometry, sizes, self._host, self._library, self._lane, self._landing, last)
         except torch.OutOfMemoryError:
-            wanted = (sizes.keys + sizes.values) * geometry.block_bytes * geometry.num_layers
-            raise RuntimeInputError(
-                f"offload: caches of {gib(wanted)} do not fit in the memory of {self._host.device}.",
-                "Ask for smaller ones (--key-cache-mib, --value-cache-mib, --cache-share).",
-            ) from None
+            raise self._no_room(geometry, sizes) from None
+
+    def _allocate_landing(self, geometry: Geometry, sizes: CacheSizes) -> Landing | None:
+        try:
+            blocks = sizes.landing(geometry.num_layers)
+            return Landing.allocate(blocks, geometry.block_bytes, self._host.device) if blocks else None
+        except torch.OutOfMemoryError:
+            raise self._no_room(geometry, sizes) from None
+
+    def _no_room(self, geometry: Geometry, sizes: CacheSizes) -> RuntimeInputError:
+        wanted = (sizes.keys + sizes.values) * geometry.block_bytes * geometry.num_layers
+        return RuntimeInputError(
+            f"offload: caches of {gib(wanted)} do not fit in the memory of {self._host.device}.",
+            "Ask for smaller ones (--key-cache-mib, --value-cache-mib, --cache-share).",
+        )
 
     def _sizes(self, geometry: Geometry) -> CacheSizes:
         sizes = cache_sizes(self.offload, geometry)

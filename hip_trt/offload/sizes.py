@@ -13,6 +13,7 @@ from hip_trt.offload.settings import KEY_SHARE, VALUE_SHARE, Offload
 
 MIB = 1 << 20
 _ALIGNMENT = 4096  # of a pool within a layer's memory
+_LANDING_PART = 16  # of all layers' caches is as much as the landing area may take
 _REUSED_NODES = 2  # level-1 nodes searched beside those that a step reuses
 
 
@@ -105,6 +106,10 @@ class CacheSizes:
     keys: int
     values: int
     too_small: tuple[str, ...]
+
+    def landing(self, num_layers: int) -> int:
+        """Blocks of the landing area: what one layer may miss at once, if that is little beside all caches."""
+        return min(self.keys + self.values, (self.keys + self.values) * num_layers // _LANDING_PART)
 
 
 def cache_sizes(offload: Offload, geometry: Geometry) -> CacheSizes:

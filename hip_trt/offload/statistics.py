@@ -13,7 +13,7 @@ from torch import Tensor
 from hip_trt.errors import EnvironmentProblem, RuntimeInputError
 from hip_trt.offload.block_caches import CacheCounts
 
-_NONE = CacheCounts(0, 0, 0, 0)
+_NONE = CacheCounts()
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ class OffloadStats:
         tokens: decoded tokens, all sequences together.
         block_bytes: bytes of a block, the unit of every count.
         key_cache_bytes, value_cache_bytes: GPU memory of the caches, all layers.
-        other_gpu_bytes: GPU memory that the caches need to know their blocks, and prefill's staging area where it is.
+        other_gpu_bytes: GPU memory that the caches need to know their blocks, the landing area, and prefill's staging area
+            where it is.
         host_bytes: the pools, keys and values of all layers: what a resident cache would take of the GPU.
         prefill: what prefill moved, beside all this.
     """
@@ -129,7 +130,7 @@ class OffloadStats:
 
     @property
     def bus_bytes(self) -> int:
-        """Bytes read over the bus for decode steps: misses by the steps themselves, fills beside them."""
+        """Bytes read over the bus for decode steps: misses by the steps themselves, and rereads beside them."""
         return (self.all_keys.transfers + self.all_values.transfers) * self.block_bytes
 
     @property

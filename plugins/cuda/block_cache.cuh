@@ -1,9 +1,12 @@
 // Blocks of a pool in host memory, copied to GPU memory: looked up by the kernels of a decode step, filled between steps.
 //
 // A table has an entry for every block of the pool: the slot that holds a copy, if one does. So all lanes of a warp look up a
-// block each in one load. A block that is missing is read where it is, over the bus, and noted; once the kernel has ended,
-// another one places what was noted (block_cache_fill.cuh), off the critical path. Decode kernels change neither the table nor
-// what slots hold; all that they write down is when a slot was used.
+// block each in one load. A block that is missing is read where it is, over the bus, left in the landing area by the warp that
+// read it, and noted; once the kernel has ended, another one places what was noted (block_cache_fill.cuh), off the critical path.
+// Decode kernels change neither the table nor what slots hold; all that they write down is when a slot was used.
+//
+// The landing area is a ring. A ticket is a place in it, counted from the beginning: taken by the warp that misses a block, given
+// back by the kernel that has placed it. Where the ring is full, a block does not land, and is read over the bus again.
 //
 // Kernels of one layer must be ordered, as they are in one stream: what one of them reads, another may replace.
 #pragma once
@@ -22,32 +25,45 @@ __device__ __forceinline__ Word slotOwner(uint32_t block, uint32_t step)
     return static_cast<Word>(block + 1) << 32 | step;
 }
 
+constexpr int kCacheThreads = 256; // of a thread block that uses caches
+
 // A pool and its cache as a thread block sees them during one step: in shared memory, as registers are scarce.
 struct BlockCache
 {
+    static constexpr int kWarps = kCacheThreads / kWarpSize;
+
     const char* pool; // host memory
     char* rows;
     uint64_t* owners;
     int32_t* slots;  // by block: 1 + slot
     int32_t* missed; // see hip_offload.h
-    int32_t blocks;  // slots; 0: no cache
+    char* landing_rows;
+    uint32_t* tickets;
+    int32_t landing_blocks;
+    int32_t blocks; // slots; 0: no cache
     uint32_t step;
     int block_log2; // rows of a block
     int row_bytes;
     unsigned events[HIP_TRT_CACHE_EVENTS];
+    uint32_t landed[kWarps];               // of each warp's last look-up, the lanes whose block it lets land
+    int32_t landings[kWarps][kWarpSize]; // and where
 
-    __device__ BlockCache(
-        const HipTrtBlockCache& cache, const void* pool, int block_log2, int row_bytes, const uint64_t* counters)
+    __device__ BlockCache(const HipTrtBlockCache& cache, const void* pool, const HipTrtLanding& landing, int block_log2,
+        int row_bytes, const uint64_t* counters)
         : pool(static_cast<const char*>(pool))
         , rows(static_cast<char*>(cache.rows))
         , owners(cache.owners)
         , slots(cache.slots)
         , missed(cache.missed)
+        , landing_rows(static_cast<char*>(landing.rows))
+        , tickets(landing.tickets)
+        , landing_blocks(landing.blocks)
         , blocks(cache.blocks)
         , step(static_cast<uint32_t>(*counters)) // steps that have ended
         , block_log2(block_log2)
         , row_bytes(row_bytes)
         , events{}
+        , landed{}
     {
     }
 
@@ -74,22 +90,33 @@ struct BlockCache
         return rows + static_cast<int64_t>(slot) * blockBytes();
     }
 
+    __device__ __forceinline__ char* inLanding(int landing) const
+    {
+        return landing_rows + static_cast<int64_t>(landing) * blockBytes();
+    }
+
     // The slot of each lane's block; negative if it has none, or is not `wanted`.
     __device__ __forceinline__ int slotOf(uint32_t block, bool wanted) const
     {
         return wanted && blocks != 0 ? slots[block] - 1 : -1;
     }
 
-    // Where each lane's block is, from its slot: in the cache or in the pool. Undefined where not `wanted`. For all lanes of a
-    // warp.
-    __device__ __forceinline__ const char* use(uint32_t block, bool wanted, int slot)
+    // Where each lane's block is, from its slot: in the cache or in the pool. Undefined where not `wanted`. `whole`: this warp
+    // reads all rows of it, and lets it land. For all lanes of a warp.
+    __device__ __forceinline__ const char* use(uint32_t block, bool wanted, int slot, bool whole)
     {
         const unsigned missing = __ballot_sync(kFullWarp, wanted && slot < 0);
         count(HIP_TRT_CACHE_HIT, __popc(__ballot_sync(kFullWarp, slot >= 0)));
+        __syncwarp(); // what landed before has been kept
         if (missing != 0)
         {
-            noteMissing(block, missing);
+            noteMissing(block, missing, whole);
         }
+        else if (threadIdx.x % kWarpSize == 0)
+        {
+            landed[threadIdx.x / kWarpSize] = 0;
+        }
+        __syncwarp();
         if (slot < 0)
         {
             return inPool(block);
@@ -99,20 +126,50 @@ struct BlockCache
     }
 
     // Have the blocks of the lanes of `missing` placed later; where the list is full, not.
-    __device__ __forceinline__ void noteMissing(uint32_t block, unsigned missing)
+    __device__ __forceinline__ void noteMissing(uint32_t block, unsigned missing, bool whole)
     {
-        const int lane = threadIdx.x % kWarpSize;
-        count(HIP_TRT_CACHE_MISS, __popc(missing));
+        const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, misses = __popc(missing);
+        count(HIP_TRT_CACHE_MISS, misses);
         int first = 0;
+        uint32_t ticket = 0, in_use = 0; // tickets that have been taken and not given back, before this warp's
         if (lane == 0 && blocks != 0)
         {
-            first = atomicAdd(missed, __popc(missing));
+            first = atomicAdd(missed, misses);
+            if (landing_blocks != 0)
+            {
+                ticket = atomicAdd(tickets, static_cast<uint32_t>(misses));
+                in_use = ticket - static_cast<uint32_t>(loadCurrent(reinterpret_cast<const int32_t*>(tickets + 1)));
+            }
         }
-        const int at = __shfl_sync(kFullWarp, first, 0) + __popc(missing & ((1u << lane) - 1));
-        if ((missing >> lane & 1) != 0 && at < blocks)
+        const int before = __popc(missing & ((1u << lane) - 1));
+        const int at = __shfl_sync(kFullWarp, first, 0) + before;
+        ticket = __shfl_sync(kFullWarp, ticket, 0) + before;
+        in_use = __shfl_sync(kFullWarp, in_use, 0) + before;
+        const bool noted = (missing >> lane & 1) != 0 && at < blocks;
+        const bool lands = noted && whole && in_use < static_cast<uint32_t>(landing_blocks);
+        const int landing = lands ? static_cast<int>(ticket & (landing_blocks - 1)) : -1;
+        landings[warp][lane] = landing;
+        const unsigned landing_lanes = __ballot_sync(kFullWarp, lands);
+        if (lane == 0)
         {
-            missed[HIP_TRT_CACHE_MISSED_HEADER + at] = static_cast<int32_t>(block);
+            landed[warp] = landing_lanes;
         }
+        if (noted)
+        {
+            reinterpret_cast<int2*>(missed + HIP_TRT_CACHE_MISSED_HEADER)[at] = make_int2(static_cast<int>(block), landing);
+        }
+    }
+
+    // Lanes of this warp's last look-up whose block is to land.
+    __device__ __forceinline__ uint32_t landingLanes() const
+    {
+        return landed[threadIdx.x / kWarpSize];
+    }
+
+    // Where the block of one of those lands.
+    __device__ __forceinline__ char* landingOf(int lane) const
+    {
+        return inLanding(landings[threadIdx.x / kWarpSize][lane]);
     }
 
     // Write a new row of the pool to the copy of its block, if there is one. For all lanes of a warp.

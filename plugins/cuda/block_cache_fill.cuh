@@ -91,12 +91,10 @@ __device__ __forceinline__ int replaceOldest(BlockCache& cache, uint32_t block)
     }
 }
 
-// Copy a block from the pool, several kilobytes in flight at once. All lanes of a warp together.
-__device__ __forceinline__ void copyBlock(const BlockCache& cache, char* target, uint32_t block)
+// Copy so many bytes, several kilobytes in flight at once. All lanes of a warp together.
+__device__ __forceinline__ void copyBlock(char* target, const char* source, int bytes)
 {
     constexpr int kBatch = 8, kChunk = 16;
-    const char* const source = cache.inPool(block);
-    const int bytes = cache.blockBytes();
 #pragma unroll 1
     for (int base = threadIdx.x % kWarpSize * kChunk; base < bytes; base += kBatch * kWarpSize * kChunk)
     {
@@ -122,8 +120,9 @@ __device__ __forceinline__ void copyBlock(const BlockCache& cache, char* target,
     }
 }
 
-// Put a block into the cache, unless it is there or nothing may be replaced for it. All lanes of a warp together.
-__device__ __forceinline__ void place(BlockCache& cache, uint32_t block)
+// Put a block into the cache, from where it landed or else (negative) from the pool, unless it is there or nothing may be
+// replaced for it. All lanes of a warp together.
+__device__ __forceinline__ void place(BlockCache& cache, uint32_t block, int landing)
 {
     int before = 0;
     if (threadIdx.x % kWarpSize == 0)
@@ -137,8 +136,9 @@ __device__ __forceinline__ void place(BlockCache& cache, uint32_t block)
     const int slot = replaceOldest(cache, block);
     if (slot >= 0)
     {
-        copyBlock(cache, cache.inCache(slot), block);
+        copyBlock(cache.inCache(slot), landing < 0 ? cache.inPool(block) : cache.inLanding(landing), cache.blockBytes());
         cache.count(HIP_TRT_CACHE_FILL);
+        cache.count(HIP_TRT_CACHE_REREAD, landing < 0);
     }
     if (threadIdx.x % kWarpSize == 0)
     {

@@ -54,7 +54,8 @@ constexpr int kPartialPadding = 8;
 // What comes first in a thread block's shared memory: three barriers, the nodes of the last exchange, and two block caches.
 constexpr int kBarrierBytes = 4 * sizeof(uint64_t);
 constexpr int kCachesAt = kBarrierBytes + 32;
-constexpr int kHeaderBytes = kCachesAt + 2 * 72;
+constexpr int kBlockCacheBytes = 1152;
+constexpr int kHeaderBytes = kCachesAt + 2 * kBlockCacheBytes;
 
 // Offsets into a thread block's shared memory.
 struct DecodeLayout

@@ -105,6 +105,21 @@ struct WarpAttention
                 k[half][j] = Pools::load(source + 32 * j);
             }
         }
+        if (tile.keysLand())
+        {
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+            {
+                if (T* const to = tile.landingKey(half, g))
+                {
+#pragma unroll
+                    for (int j = 0; j < D / 32; ++j)
+                    {
+                        *reinterpret_cast<uint4*>(to + t * 8 + 32 * j) = k[half][j];
+                    }
+                }
+            }
+        }
         float logit[HeadTiles][4]; // of half e / 2, head 2t + e % 2
 #pragma unroll
         for (int half = 0; half < 2; ++half)
@@ -152,6 +167,15 @@ struct WarpAttention
         }
         waitCopies<0>();
         __syncwarp();
+        if (tile.valuesLand())
+        {
+            Tile::forLines([&](int line, int chunk) {
+                if (T* const to = tile.landingValue(line / 8, line % 8))
+                {
+                    *reinterpret_cast<uint4*>(to + chunk * Tile::kChunkElements) = Tile::read(staged, Tile::at(line, chunk));
+                }
+            });
+        }
 #pragma unroll
         for (int c = 0; c < D / 64; ++c)
         {

@@ -38,7 +38,7 @@ struct LevelNodes
     }
 };
 
-static_assert(kCachesAt + 2 * sizeof(BlockCache) == kHeaderBytes, "room for the caches");
+static_assert(sizeof(BlockCache) == kBlockCacheBytes && kCacheThreads == kDecodeThreads, "room for the caches");
 
 // Views of a thread block's shared memory. Addresses are computed where they are used: registers are scarcer.
 struct DecodeShared
@@ -225,6 +225,18 @@ struct StagedTile
             const int line = first + lane / kChunks, chunk = lane % kChunks;
             const bool valid = line < lines;
             copyAsync16(tile + at(line, chunk), row(valid ? line : 0) + chunk * kChunkElements, valid);
+        }
+    }
+
+    // visit(line, chunk): every chunk once, by one lane of the warp.
+    template <typename Visit>
+    static __device__ __forceinline__ void forLines(Visit visit)
+    {
+        const int lane = threadIdx.x % kWarpSize;
+#pragma unroll 1
+        for (int first = 0; first < 16; first += kLines)
+        {
+            visit(first + lane / kChunks, lane % kChunks);
         }
     }
 

@@ -66,7 +66,8 @@ __device__ __forceinline__ void openCaches(const DecodeCall& decode, const Decod
     {
         const bool is_key = threadIdx.x == kWarpSize;
         new (shared.caches() + !is_key) BlockCache(is_key ? offload.keys : offload.values,
-            is_key ? offload.key_pool : offload.value_pool, decode.call.block_k_log2, decode.call.row_bytes, offload.counters);
+            is_key ? offload.key_pool : offload.value_pool, offload.landing, decode.call.block_k_log2, decode.call.row_bytes,
+            offload.counters);
     }
     constexpr int kLine = kPrefetchBytes / sizeof(int32_t);
     constexpr int kMost = 1 << 19; // entries; of a larger table a step needs too small a part

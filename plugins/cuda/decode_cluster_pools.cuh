@@ -7,6 +7,8 @@
 namespace hip_trt
 {
 
+constexpr int kTileLog2 = 4; // rows that a warp attends to at once
+
 template <typename T, int D>
 struct ResidentPools
 {
@@ -36,6 +38,16 @@ struct ResidentPools
         return keys + (static_cast<uint64_t>(__shfl_sync(kFullWarp, block, lane)) + row) * D;
     }
 
+    // Keep what this warp has read of a missing block; of pools in GPU memory nothing is missing.
+    __device__ __forceinline__ bool keysLand() const
+    {
+        return false;
+    }
+
+    __device__ __forceinline__ void landKey(int, int, const uint4 (&)[D / 32]) const
+    {
+    }
+
     // Where eight rows of keys and of values are, of which this lane gives the first. `paired`: an odd lane's follow those of
     // the lane before.
     using Run = uint32_t;
@@ -60,6 +72,26 @@ struct ResidentPools
         __device__ __forceinline__ const T* value(int half) const
         {
             return values + from[half];
+        }
+
+        __device__ __forceinline__ bool keysLand() const
+        {
+            return false;
+        }
+
+        __device__ __forceinline__ bool valuesLand() const
+        {
+            return false;
+        }
+
+        __device__ __forceinline__ T* landingKey(int, int) const
+        {
+            return nullptr;
+        }
+
+        __device__ __forceinline__ T* landingValue(int, int) const
+        {
+            return nullptr;
         }
     };
 
@@ -105,7 +137,7 @@ struct OffloadedPools
     {
         const uint32_t block_in_pool = row >> caches->block_log2; // a node's row is the first of its block
         const Block block = reinterpret_cast<const T*>(
-            caches->use(block_in_pool, wanted, caches->slotOf(block_in_pool, wanted)));
+            caches->use(block_in_pool, wanted, caches->slotOf(block_in_pool, wanted), true));
         const Block replacement = fromLane(block, other);
         return wanted ? block : replacement;
     }
@@ -113,6 +145,26 @@ struct OffloadedPools
     __device__ __forceinline__ const T* keyRow(Block block, int lane, int row) const
     {
         return fromLane(block, lane) + row * D;
+    }
+
+    // Whether any block that this warp found last is to land: it is to be kept as it was read.
+    __device__ __forceinline__ bool keysLand() const
+    {
+        return caches->landingLanes() != 0;
+    }
+
+    // Keep row `row` of the block that lane `lane` found, if it is to land: of every lane chunks 4 j + t.
+    __device__ __forceinline__ void landKey(int lane, int row, const uint4 (&chunks)[D / 32]) const
+    {
+        if ((caches->landingLanes() >> lane & 1) != 0)
+        {
+            T* const to = reinterpret_cast<T*>(caches->landingOf(lane)) + row * D + threadIdx.x % 4 * 8;
+#pragma unroll
+            for (int j = 0; j < D / 32; ++j)
+            {
+                *reinterpret_cast<uint4*>(to + 32 * j) = chunks[j];
+            }
+        }
     }
 
     struct Run
@@ -128,9 +180,10 @@ struct OffloadedPools
         const uint32_t block = row >> caches->block_log2;
         const int offset = (row & ((1u << caches->block_log2) - 1)) * D;
         const int key_slot = caches[0].slotOf(block, own), value_slot = caches[1].slotOf(block, own); // on their way at once
+        const bool whole = caches->block_log2 <= kTileLog2;
         Run run;
-        run.key = reinterpret_cast<const T*>(caches[0].use(block, own, key_slot)) + offset;
-        run.value = reinterpret_cast<const T*>(caches[1].use(block, own, value_slot)) + offset;
+        run.key = reinterpret_cast<const T*>(caches[0].use(block, own, key_slot, whole)) + offset;
+        run.value = reinterpret_cast<const T*>(caches[1].use(block, own, value_slot, whole)) + offset;
         const T* const key_before = fromLane(run.key, lane & ~1);
         const T* const value_before = fromLane(run.value, lane & ~1);
         return follows ? Run{key_before + 8 * D, value_before + 8 * D} : run;
@@ -138,6 +191,8 @@ struct OffloadedPools
 
     struct Tile
     {
+        const BlockCache* caches;
+        int lane;
         const T* keys[2];
         const T* values[2];
 
@@ -150,11 +205,48 @@ struct OffloadedPools
         {
             return values[half];
         }
+
+        __device__ __forceinline__ bool keysLand() const
+        {
+            return land(caches[0]);
+        }
+
+        __device__ __forceinline__ bool valuesLand() const
+        {
+            return land(caches[1]);
+        }
+
+        // Where row `row` of a half is to be kept; nullptr: nowhere.
+        __device__ __forceinline__ T* landingKey(int half, int row) const
+        {
+            return landing(caches[0], half, row);
+        }
+
+        __device__ __forceinline__ T* landingValue(int half, int row) const
+        {
+            return landing(caches[1], half, row);
+        }
+
+    private:
+        __device__ __forceinline__ bool land(const BlockCache& cache) const
+        {
+            return (cache.landingLanes() >> lane & 3) != 0;
+        }
+
+        // A block is the tile, or one half of it.
+        __device__ __forceinline__ T* landing(const BlockCache& cache, int half, int row) const
+        {
+            const bool is_tile = cache.block_log2 == kTileLog2;
+            const int found = lane + (is_tile ? 0 : half);
+            return (cache.landingLanes() >> found & 1) == 0
+                ? nullptr
+                : reinterpret_cast<T*>(cache.landingOf(found)) + (row + (is_tile ? 8 * half : 0)) * D;
+        }
     };
 
     __device__ __forceinline__ Tile tile(const Run& run, int lane) const
     {
-        return {{fromLane(run.key, lane), fromLane(run.key, lane + 1)},
+        return {caches, lane, {fromLane(run.key, lane), fromLane(run.key, lane + 1)},
             {fromLane(run.value, lane), fromLane(run.value, lane + 1)}};
     }
 

@@ -78,6 +78,15 @@ __device__ __forceinline__ void scoreNodes(const DecodeCall& decode, const Decod
                 keys[part][j] = Pools::load(source + 32 * j);
             }
         }
+        if (pools.keysLand())
+        {
+#pragma unroll
+            for (int part = 0; part < kParts; ++part)
+            {
+                pools.landKey((numberOf(batch) + (8 * part >> rows_log2)) % kWarpSize,
+                    ((batch << kBatchLog2) + 8 * part + g) & ((1 << rows_log2) - 1), keys[part]);
+            }
+        }
         float best[kParts];
 #pragma unroll
         for (int part = 0; part < kParts; ++part)

@@ -5,8 +5,8 @@
  * only: results are the same bits with caches of any size, and with none, as for pools in GPU memory.
  *
  *   decode  (S = 1) Key blocks that are scored or attended, and value blocks that are attended, are looked up in the caches.
- *           A block that is missing is read over the bus by the warp that needs it, and noted; a second kernel then copies what
- *           was noted to the caches.
+ *           A block that is missing is read over the bus by the warp that needs it, left in the landing area, and noted; a
+ *           second kernel then copies what was noted to the caches.
  *   prefill (S > 1) The call attends from the staging area, GPU memory for one layer that all layers can share: committed
  *           pages are copied there, new rows are written there, and from there to the pools.
  *
@@ -30,8 +30,8 @@ extern "C" {
 /* Slots of a cache come in sets of so many. A block may be in any of four sets; the least recently used slot is replaced. */
 #define HIP_TRT_CACHE_WAYS 32
 
-/* What precedes the list of missed blocks: how many there are. */
-#define HIP_TRT_CACHE_MISSED_HEADER 1
+/* Numbers before the list of missed blocks: how many there are, and one that is not used. */
+#define HIP_TRT_CACHE_MISSED_HEADER 2
 
 /* What precedes the events in a layer's counters: decode steps, and a number that kernels use among themselves. */
 #define HIP_TRT_OFFLOAD_EVENTS_AT 2
@@ -42,7 +42,8 @@ typedef struct HipTrtBlockCache
     void* rows;       /* [blocks, block_k, D] */
     uint64_t* owners; /* [blocks]: which block of the pool each is a copy of, and when it was last used. Zeros at first */
     int32_t* slots;   /* [pool_blocks]: by block of the pool, 1 + where the copy is. Zeros at first */
-    int32_t* missed;  /* [HIP_TRT_CACHE_MISSED_HEADER + blocks]: blocks to be placed. Zeros at first */
+    int32_t* missed;  /* [HIP_TRT_CACHE_MISSED_HEADER + 2 blocks]: blocks to be placed, each with where it landed, or -1. Zeros
+                         at first */
     int32_t blocks;   /* a multiple of HIP_TRT_CACHE_WAYS; 0: no cache */
     int32_t pool_blocks;
 } HipTrtBlockCache;
@@ -52,10 +53,20 @@ typedef enum HipTrtCacheEvent
 {
     HIP_TRT_CACHE_HIT = 0,
     HIP_TRT_CACHE_MISS = 1,     /* read over the bus by the step that needed it */
-    HIP_TRT_CACHE_FILL = 2,     /* copied over the bus to the cache afterwards */
+    HIP_TRT_CACHE_FILL = 2,     /* copied to the cache afterwards */
     HIP_TRT_CACHE_EVICTION = 3, /* a fill that replaced another block */
-    HIP_TRT_CACHE_EVENTS = 4
+    HIP_TRT_CACHE_REREAD = 4,   /* a fill of a block that had not landed: read over the bus once more */
+    HIP_TRT_CACHE_EVENTS = 5
 } HipTrtCacheEvent;
+
+/* Where decode steps leave blocks that they read over the bus, so that these need not be read again to be placed in a cache: a
+ * ring in GPU memory, for layers that are called in turn and share a lane, or have none. */
+typedef struct HipTrtLanding
+{
+    void* rows;        /* [blocks, block_k, D] */
+    uint32_t* tickets; /* [2]: blocks that were taken, and given back, modulo 2^32. Zeros at first */
+    int32_t blocks;    /* a power of two; 0: nothing lands */
+} HipTrtLanding;
 
 /* A stream beside that of the calls, for what may wait: shared by the layers of a model, which are called in turn. */
 typedef struct HipTrtOffloadLane HipTrtOffloadLane;
@@ -67,6 +78,7 @@ typedef struct HipTrtOffload
     const void* value_pool; /* likewise */
     HipTrtBlockCache keys;
     HipTrtBlockCache values;
+    HipTrtLanding landing;
     uint64_t* counters;     /* [HIP_TRT_OFFLOAD_EVENTS_AT + 2 HIP_TRT_CACHE_EVENTS]: then events of keys, and of values */
     void* staging_keys;     /* [staging_pages, Hkv, page_size, D]; NULL: prefill reads the pools over the bus, by kernels
                                that on Hopper round differently from those for GPU memory */

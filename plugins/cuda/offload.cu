@@ -28,6 +28,13 @@ bool validCache(const HipTrtBlockCache& cache)
             && reinterpret_cast<uintptr_t>(cache.rows) % 16 == 0);
 }
 
+bool validLanding(const HipTrtLanding& landing)
+{
+    return landing.blocks == 0
+        || (landing.blocks > 0 && (landing.blocks & (landing.blocks - 1)) == 0 && landing.rows != nullptr
+            && landing.tickets != nullptr && reinterpret_cast<uintptr_t>(landing.rows) % 16 == 0);
+}
+
 bool validStaging(const HipTrtOffload& offload)
 {
     return offload.staging_pages == 0
@@ -188,8 +195,8 @@ cudaError_t endDecode(const Call& call, const HipTrtOffload& offload, cudaStream
     {
         return cudaSuccess;
     }
-    const FillWork work{offload.keys, offload.values, offload.key_pool, offload.value_pool, offload.counters,
-        call.block_k_log2, call.row_bytes};
+    const FillWork work{offload.keys, offload.values, offload.landing, offload.key_pool, offload.value_pool,
+        offload.counters, call.block_k_log2, call.row_bytes};
     return beside(offload, stream, [&](cudaStream_t on) { return launchFill(work, on); });
 }
 
@@ -235,7 +242,8 @@ HipTrtStatus hipTrtOffloadAttach(const HipTrtOffload* offload)
 {
     using namespace hip_trt;
     if (offload->key_pool == nullptr || offload->value_pool == nullptr || offload->counters == nullptr
-        || !validCache(offload->keys) || !validCache(offload->values) || !validStaging(*offload))
+        || !validCache(offload->keys) || !validCache(offload->values) || !validLanding(offload->landing)
+        || !validStaging(*offload))
     {
         return HIP_TRT_INVALID_ARGUMENT;
     }

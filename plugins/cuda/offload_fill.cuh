@@ -11,6 +11,7 @@ struct FillWork
 {
     HipTrtBlockCache keys;
     HipTrtBlockCache values;
+    HipTrtLanding landing;
     const void* key_pool;
     const void* value_pool;
     uint64_t* counters;

@@ -40,6 +40,11 @@ struct dim3
     }
 };
 
+struct alignas(8) int2
+{
+    int x, y;
+};
+
 struct alignas(8) float2
 {
     float x, y;
@@ -54,6 +59,11 @@ struct alignas(16) uint4
 {
     unsigned x, y, z, w;
 };
+
+inline int2 make_int2(int x, int y)
+{
+    return {x, y};
+}
 
 inline float2 make_float2(float x, float y)
 {
