@@ -81,7 +81,7 @@ def test_every_size_gives_the_same_bits(
         elif landing in (0, 1024):
             assert cache.rereads == (0 if landing else cache.fills)
         else:
-            assert 0 < cache.rereads < cache.fills
+            assert 0 < cache.rereads <= cache.fills - (landing > 1)
         if blocks == 0:
             pass
         elif blocks == 100_000:

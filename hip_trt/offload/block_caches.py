@@ -41,7 +41,8 @@ class _OffloadStruct(ctypes.Structure):
 
     _fields_ = [
         ("key_pool", ctypes.c_void_p), ("value_pool", ctypes.c_void_p), ("keys", _BlockCacheStruct),
-        ("values", _BlockCacheStruct), ("landing", _LandingStruct), ("counters", ctypes.c_void_p),
+        ("values", _BlockCacheStruct), ("landing", _LandingStruct), ("fills", ctypes.c_void_p),
+        ("filled_later", ctypes.c_int32), ("counters", ctypes.c_void_p),
         ("staging_keys", ctypes.c_void_p), ("staging_values", ctypes.c_void_p), ("staging_table", ctypes.c_void_p),
         ("staging_pages", ctypes.c_int32), ("last_layer", ctypes.c_int32), ("lane", ctypes.c_void_p),
     ]
@@ -54,7 +55,7 @@ class CacheCounts:
     Attributes:
         hits: found in GPU memory by the step that needed them.
         misses: read over the bus by the step that needed them.
-        fills: copied to the cache after a step that missed them.
+        fills: copied to the cache after the step that missed them.
         evictions: fills that replaced another block.
         rereads: fills that read the block over the bus once more, as it had not landed in GPU memory.
     """
@@ -113,8 +114,8 @@ class Staging:
 
 @dataclass(frozen=True)
 class Landing:
-    """GPU memory where decode steps leave what they read over the bus until it is placed in a cache; shared by layers, as
-    one runs after the other, and no larger than what one of them may miss at once.
+    """GPU memory where decode steps leave what they read over the bus until it is placed in a cache; shared by layers,
+    as one runs after the other, and no larger than what one of them may miss at once.
 
     Attributes:
         rows: [blocks, bytes of a block] uint8; ``blocks`` is a power of two.
@@ -137,7 +138,7 @@ class Landing:
 
 
 class Lane:
-    """A stream beside that of the calls, for what may wait: filling caches, writing prefill's rows to the pools.
+    """A stream beside that of the calls, for what may wait: writing prefill's rows to the pools.
 
     Args:
         library: whose calls shall use it.
@@ -165,9 +166,11 @@ class BlockCaches:
         device: the GPU.
         staging: shared by layers; None: prefill reads the pools over the bus.
         lane: shared by layers; None: what a call leaves to be done runs in its stream.
-        landing: shared by layers that share a lane, or have none; None: what is missed is read over the bus twice, by
-            the step and to be placed in a cache.
+        landing: shared by layers that are called in turn; None: what is missed is read over the bus twice, by the step
+            and to be placed in a cache.
         last_layer: no layer comes after this one: its calls wait for the lane.
+
+    A decode step of these pools ends with filling these caches, unless :meth:`follow` has another layer do it.
 
     Raises:
         ConfigError: a size is negative.
@@ -195,6 +198,8 @@ class BlockCaches:
         self.block_bytes = config.block_k * head_dim * key_pool.element_size()
         self.key_pool, self.value_pool = key_pool, value_pool
         self.staging: Staging | None = None
+        self._fills: Tensor | None = None
+        self._filled_later = False
         self._library, self._lane, self._landing, self._last_layer = library, lane, landing, last_layer
         self._counters = torch.zeros(_EVENTS_AT + 2 * len(fields(CacheCounts)), dtype=torch.int64, device=device)
         self._memory = [
@@ -239,10 +244,22 @@ class BlockCaches:
     def set_staging(self, staging: Staging | None) -> None:
         """Have prefill attend from other GPU memory, or from the pools, from now on; the caches stay as they are."""
         self.staging = staging
+        self._attach()
+
+    def follow(self, before: BlockCaches) -> None:
+        """Fill the caches of the layer that is called before this one, on the way: of the first layer, the last one.
+        That costs no time; both have the same config and shape."""
+        self._fills, before._filled_later = before.key_pool, True
+        before._attach()
+        self._attach()
+
+    def _attach(self) -> None:
+        staging = self.staging
         self._library.attach_offload(_OffloadStruct(
             self.key_pool.data_ptr(), self.value_pool.data_ptr(), *self._caches,
             _LandingStruct(self._landing.rows.data_ptr(), self._landing.tickets.data_ptr(), len(self._landing.rows))
-            if self._landing else _LandingStruct(None, None, 0), self._counters.data_ptr(),
+            if self._landing else _LandingStruct(None, None, 0),
+            None if self._fills is None else self._fills.data_ptr(), int(self._filled_later), self._counters.data_ptr(),
             *((staging.keys.data_ptr(), staging.values.data_ptr(), staging.table.data_ptr(), len(staging.keys))
               if staging else (None, None, None, 0)),
             int(self._last_layer), None if self._lane is None else self._lane.handle,

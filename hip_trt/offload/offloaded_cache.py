@@ -102,6 +102,7 @@ class OffloadedCache:
             self._landing = self._allocate_landing(geometry, sizes)
             for index in range(geometry.num_layers):
                 self._layers.append(self._layer(index, geometry, sizes))
+            self._chain()
         except BaseException:
             self.close()
             raise
@@ -164,6 +165,7 @@ class OffloadedCache:
             self._keep_counts(index)
             self._layers[index] = grown
             layer.close()
+        self._chain()
         self.geometry = new
 
     def forget(self) -> None:
@@ -197,9 +199,11 @@ class OffloadedCache:
         if new is old:
             old.caches.forget()
         else:
+            old.caches.forget()  # what has landed is given back
             self._host.synchronize()
             self._keep_counts(layer)
             self._layers[layer], self.geometry = new, new.geometry
+            self._chain()
             old.close()
         return self.pools(layer)
 
@@ -276,6 +280,12 @@ class OffloadedCache:
             return _Layer(geometry, sizes, self._host, self._library, self._lane, self._landing, last)
         except torch.OutOfMemoryError:
             raise self._no_room(geometry, sizes) from None
+
+    def _chain(self) -> None:
+        """Each layer fills the caches of the one before."""
+        if len(self._layers) > 1:
+            for index, layer in enumerate(self._layers):
+                layer.caches.follow(self._layers[index - 1].caches)
 
     def _allocate_landing(self, geometry: Geometry, sizes: CacheSizes) -> Landing | None:
         try:

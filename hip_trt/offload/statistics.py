@@ -97,8 +97,8 @@ class OffloadStats:
         tokens: decoded tokens, all sequences together.
         block_bytes: bytes of a block, the unit of every count.
         key_cache_bytes, value_cache_bytes: GPU memory of the caches, all layers.
-        other_gpu_bytes: GPU memory that the caches need to know their blocks, the landing area, and prefill's staging area
-            where it is.
+        other_gpu_bytes: GPU memory that the caches need to know their blocks, the landing area, and prefill's staging
+            area where it is.
         host_bytes: the pools, keys and values of all layers: what a resident cache would take of the GPU.
         prefill: what prefill moved, beside all this.
     """

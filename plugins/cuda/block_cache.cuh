@@ -2,11 +2,11 @@
 //
 // A table has an entry for every block of the pool: the slot that holds a copy, if one does. So all lanes of a warp look up a
 // block each in one load. A block that is missing is read where it is, over the bus, left in the landing area by the warp that
-// read it, and noted; once the kernel has ended, another one places what was noted (block_cache_fill.cuh), off the critical path.
-// Decode kernels change neither the table nor what slots hold; all that they write down is when a slot was used.
+// read it, and noted; once the kernel has ended, what was noted is placed (block_cache_fill.cuh), off the critical path. Until then
+// decode kernels change neither the table nor what slots hold; all that they write down is when a slot was used.
 //
 // The landing area is a ring. A ticket is a place in it, counted from the beginning: taken by the warp that misses a block, given
-// back by the kernel that has placed it. Where the ring is full, a block does not land, and is read over the bus again.
+// back once that has been placed. Where the ring is full, a block does not land, and is read over the bus again.
 //
 // Kernels of one layer must be ordered, as they are in one stream: what one of them reads, another may replace.
 #pragma once
@@ -45,8 +45,10 @@ struct BlockCache
     int block_log2; // rows of a block
     int row_bytes;
     unsigned events[HIP_TRT_CACHE_EVENTS];
-    uint32_t landed[kWarps];               // of each warp's last look-up, the lanes whose block it lets land
-    int32_t landings[kWarps][kWarpSize]; // and where
+    // Of each warp's last look-up: until it is noted, lanes whose block is missing, and the block; then, lanes whose block is to
+    // land, and where.
+    uint32_t landed[kWarps];
+    int32_t landings[kWarps][kWarpSize];
 
     __device__ BlockCache(const HipTrtBlockCache& cache, const void* pool, const HipTrtLanding& landing, int block_log2,
         int row_bytes, const uint64_t* counters)
@@ -101,20 +103,21 @@ struct BlockCache
         return wanted && blocks != 0 ? slots[block] - 1 : -1;
     }
 
-    // Where each lane's block is, from its slot: in the cache or in the pool. Undefined where not `wanted`. `whole`: this warp
-    // reads all rows of it, and lets it land. For all lanes of a warp.
-    __device__ __forceinline__ const char* use(uint32_t block, bool wanted, int slot, bool whole)
+    // Where each lane's block is, from its slot: in the cache or in the pool. Undefined where not `wanted`. The warp calls
+    // noteMissing once it has begun to read. For all lanes of a warp.
+    __device__ __forceinline__ const char* use(uint32_t block, bool wanted, int slot)
     {
+        const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
         const unsigned missing = __ballot_sync(kFullWarp, wanted && slot < 0);
         count(HIP_TRT_CACHE_HIT, __popc(__ballot_sync(kFullWarp, slot >= 0)));
         __syncwarp(); // what landed before has been kept
+        if (lane == 0)
+        {
+            landed[warp] = missing;
+        }
         if (missing != 0)
         {
-            noteMissing(block, missing, whole);
-        }
-        else if (threadIdx.x % kWarpSize == 0)
-        {
-            landed[threadIdx.x / kWarpSize] = 0;
+            landings[warp][lane] = static_cast<int32_t>(block);
         }
         __syncwarp();
         if (slot < 0)
@@ -125,10 +128,18 @@ struct BlockCache
         return inCache(slot);
     }
 
-    // Have the blocks of the lanes of `missing` placed later; where the list is full, not.
-    __device__ __forceinline__ void noteMissing(uint32_t block, unsigned missing, bool whole)
+    // Have the missing blocks of this warp's last look-up placed later; where the list is full, not. Not before the warp has
+    // begun to read them: it would wait here for what nobody needs. `whole`: it reads all their rows, and lets them land.
+    __device__ __forceinline__ void noteMissing(bool whole)
     {
-        const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, misses = __popc(missing);
+        const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+        const unsigned missing = landed[warp];
+        if (missing == 0)
+        {
+            return;
+        }
+        const int misses = __popc(missing);
+        const int32_t block = landings[warp][lane];
         count(HIP_TRT_CACHE_MISS, misses);
         int first = 0;
         uint32_t ticket = 0, in_use = 0; // tickets that have been taken and not given back, before this warp's
@@ -148,6 +159,7 @@ struct BlockCache
         const bool noted = (missing >> lane & 1) != 0 && at < blocks;
         const bool lands = noted && whole && in_use < static_cast<uint32_t>(landing_blocks);
         const int landing = lands ? static_cast<int>(ticket & (landing_blocks - 1)) : -1;
+        __syncwarp();
         landings[warp][lane] = landing;
         const unsigned landing_lanes = __ballot_sync(kFullWarp, lands);
         if (lane == 0)
@@ -156,11 +168,12 @@ struct BlockCache
         }
         if (noted)
         {
-            reinterpret_cast<int2*>(missed + HIP_TRT_CACHE_MISSED_HEADER)[at] = make_int2(static_cast<int>(block), landing);
+            reinterpret_cast<int2*>(missed + HIP_TRT_CACHE_MISSED_HEADER)[at] = make_int2(block, landing);
         }
+        __syncwarp();
     }
 
-    // Lanes of this warp's last look-up whose block is to land.
+    // Lanes of this warp's last look-up, which has been noted, whose block is to land.
     __device__ __forceinline__ uint32_t landingLanes() const
     {
         return landed[threadIdx.x / kWarpSize];
@@ -186,5 +199,18 @@ struct BlockCache
         }
     }
 };
+
+// Empty a list of missed blocks, and give back what landed of them. For one thread.
+__device__ __forceinline__ void dropMissed(const HipTrtBlockCache& cache, const HipTrtLanding& landing)
+{
+    if (cache.blocks != 0)
+    {
+        if (landing.blocks != 0)
+        {
+            atomicAdd(landing.tickets + 1, static_cast<uint32_t>(cache.missed[0]));
+        }
+        cache.missed[0] = 0;
+    }
+}
 
 } // namespace hip_trt

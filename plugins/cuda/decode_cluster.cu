@@ -127,9 +127,9 @@ cudaError_t currentDevice(Device& device)
     return error;
 }
 
-cudaLaunchConfig_t launchConfig(const DecodeCall& decode, cudaLaunchAttribute (&attributes)[2])
+// `slices`: of thread blocks, one a sequence, and one for what is filled beside them.
+cudaLaunchConfig_t launchConfig(const DecodeCall& decode, unsigned slices, cudaLaunchAttribute (&attributes)[2])
 {
-    const Call& call = decode.call;
     const unsigned cluster = 1u << decode.cluster_log2;
     attributes[0].id = cudaLaunchAttributeClusterDimension;
     attributes[0].val.clusterDim = {cluster, 1, 1};
@@ -137,7 +137,7 @@ cudaLaunchConfig_t launchConfig(const DecodeCall& decode, cudaLaunchAttribute (&
     attributes[1].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
     attributes[1].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicyLoadBalancing;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(cluster, call.mask_heads, call.shape.batch);
+    config.gridDim = dim3(cluster, decode.call.mask_heads, slices);
     config.blockDim = dim3(kDecodeThreads);
     config.dynamicSmemBytes = decode.layout.bytes;
     config.attrs = attributes;
@@ -172,7 +172,7 @@ cudaError_t clustersAtOnce(const Device& device, DecodeKernel kernel, const Deco
         return error;
     }
     cudaLaunchAttribute attributes[2];
-    cudaLaunchConfig_t config = launchConfig(decode, attributes);
+    cudaLaunchConfig_t config = launchConfig(decode, decode.call.shape.batch, attributes);
     config.dynamicSmemBytes = shared_bytes;
     if (cudaOccupancyMaxActiveClusters(&clusters, function, &config) != cudaSuccess)
     {
@@ -218,7 +218,7 @@ bool decodeClusterSupports(const Call& call)
     Device device;
     if (shape.new_tokens != 1 || shape.type == HIP_TRT_FLOAT32 || (shape.head_dim != 64 && shape.head_dim != 128)
         || call.config.block_k < 8 || call.config.stride_k != 1 || call.heads_per_mask > kMaxHeads
-        || call.candidate_capacity > kMaxCandidates || rows >= INT64_C(0xffffffff) || shape.batch > 65535
+        || call.candidate_capacity > kMaxCandidates || rows >= INT64_C(0xffffffff) || shape.batch >= 65535
         || currentDevice(device) != cudaSuccess || device.major < 9)
     {
         return false;
@@ -227,7 +227,7 @@ bool decodeClusterSupports(const Call& call)
 }
 
 cudaError_t launchDecodeCluster(
-    const Call& call, const HipTrtOffload* offload, cudaStream_t stream, int cluster_log2)
+    const Call& call, const HipTrtOffload* offload, const FillWork& fill, cudaStream_t stream, int cluster_log2)
 {
     const DecodeKernel kernel = findKernel(call, offload != nullptr);
     Device device;
@@ -244,6 +244,7 @@ cudaError_t launchDecodeCluster(
     if (offload != nullptr)
     {
         decode.offload = *offload;
+        decode.fill = fill;
     }
     int clusters = 0;
     error = clustersAtOnce(device, kernel, decode, clusters);
@@ -256,7 +257,7 @@ cudaError_t launchDecodeCluster(
         return error;
     }
     cudaLaunchAttribute attributes[2];
-    cudaLaunchConfig_t config = launchConfig(decode, attributes);
+    cudaLaunchConfig_t config = launchConfig(decode, call.shape.batch + !fill.empty(), attributes);
     config.stream = stream;
     return cudaLaunchKernelEx(&config, kernel, decode);
 }

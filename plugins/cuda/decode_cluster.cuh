@@ -2,7 +2,7 @@
 #pragma once
 
 #include "call.cuh"
-#include "hip_offload.h"
+#include "offload_fill.cuh"
 
 namespace hip_trt
 {
@@ -77,6 +77,7 @@ struct DecodeCall
 {
     Call call;
     HipTrtOffload offload; // where pools are in host memory
+    FillWork fill;         // beside that, of another layer
     Divisor page_size;
     Divisor level_size[kMaxLevels]; // blocks that a node of each level covers
     uint32_t branch_reciprocal;      // 2^kReciprocalShift over the width, rounded up
@@ -103,8 +104,8 @@ DecodeKernel findOffloadedDecodeKernel(int head_dim, int heads_per_mask);
 bool decodeClusterSupports(const Call& call);
 
 // Launch it, cache update included, with 2^cluster_log2 thread blocks per sequence and mask head; by default as many as
-// the device holds at once. `offload`: what is attached to the pools, or nullptr.
-cudaError_t launchDecodeCluster(
-    const Call& call, const HipTrtOffload* offload, cudaStream_t stream, int cluster_log2 = -1);
+// the device holds at once. `offload`: what is attached to the pools, or nullptr. `fill`: what to fill beside it, of another layer.
+cudaError_t launchDecodeCluster(const Call& call, const HipTrtOffload* offload, const FillWork& fill, cudaStream_t stream,
+    int cluster_log2 = -1);
 
 } // namespace hip_trt

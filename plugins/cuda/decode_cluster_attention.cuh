@@ -69,13 +69,14 @@ struct WarpAttention
         }
     }
 
-    // Add 16 keys: half 0 is tokens token[0] + 0 .. 7, half 1 tokens token[1] + 0 .. 7, whose rows `tile` has.
+    // Add 16 keys: half 0 is tokens token[0] + 0 .. 7, half 1 tokens token[1] + 0 .. 7, whose rows `tile` of `pools` has; `looked_up`: the
+    // first since they were.
     // At least one is at or before `newest`. The newest token's row may not be in the pool yet, and rows after it are
     // undefined: it is read, from the call's input, in place of all of these, and their weights are 0. Keys go straight
     // to registers; values, which registers have no room for meanwhile, wait in `staged`, the warp's own.
     template <typename Pools>
     __device__ __forceinline__ void add(const QueryOperand<T, D, HeadTiles>& query, const int (&token)[2],
-        const typename Pools::Tile& tile, int newest, const T* new_key, const T* new_value, float scale_log2e, T* staged)
+        const Pools& pools, const typename Pools::Tile& tile, bool looked_up, int newest, const T* new_key, const T* new_value, float scale_log2e, T* staged)
     {
         using Tile = StagedTile<T, D>;
         const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
@@ -104,6 +105,10 @@ struct WarpAttention
             {
                 k[half][j] = Pools::load(source + 32 * j);
             }
+        }
+        if (looked_up)
+        {
+            pools.noteRuns();
         }
         if (tile.keysLand())
         {
@@ -276,8 +281,12 @@ __device__ __forceinline__ int attendBlocks(const DecodeCall& decode, const Deco
         }
         if (min(tokens[0], tokens[1]) <= newest)
         {
-            attention.template add<Pools>(query, tokens, pools.tile(run, 2 * (i % 16)), newest, new_key, new_value, decode.scale_log2e,
-                reinterpret_cast<T*>(shared.scratch(warp)));
+            attention.add(query, tokens, pools, pools.tile(run, 2 * (i % 16)), i % 16 == 0, newest, new_key, new_value,
+                decode.scale_log2e, reinterpret_cast<T*>(shared.scratch(warp)));
+        }
+        else if (i % 16 == 0)
+        {
+            pools.noteRuns();
         }
     }
     const int heads = call.heads_per_mask;

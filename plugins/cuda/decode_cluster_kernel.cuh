@@ -6,6 +6,7 @@
 // A block is attended by the thread block that scored it. The parts of the output travel the same way, once.
 #pragma once
 
+#include "block_cache_fill.cuh"
 #include "decode_cluster_attention.cuh"
 #include "decode_cluster_search.cuh"
 #include "query_block.cuh"
@@ -72,7 +73,7 @@ __device__ __forceinline__ void openCaches(const DecodeCall& decode, const Decod
     constexpr int kLine = kPrefetchBytes / sizeof(int32_t);
     constexpr int kMost = 1 << 19; // entries; of a larger table a step needs too small a part
     const int index = ((blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x) * kDecodeThreads + threadIdx.x;
-    const int stride = gridDim.z * gridDim.y * gridDim.x * kDecodeThreads * kLine;
+    const int stride = decode.call.shape.batch * gridDim.y * gridDim.x * kDecodeThreads * kLine;
     for (const HipTrtBlockCache* const cache : {&offload.keys, &offload.values})
     {
 #pragma unroll 1
@@ -110,6 +111,14 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
     const DecodeShared shared{decode};
     const int cluster = 1 << place.cluster_log2;
 
+    if constexpr (Pools<T, D>::kOffloaded)
+    {
+        if (place.b == call.shape.batch) // no sequence: beside them
+        {
+            fillCaches(decode.fill, shared.caches(), blockIdx.y * gridDim.x + blockIdx.x, gridDim.y * gridDim.x);
+            return;
+        }
+    }
     if (threadIdx.x == 0)
     {
         initBarrier(shared.scoresReady(0), 1);

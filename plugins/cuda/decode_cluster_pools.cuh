@@ -38,7 +38,15 @@ struct ResidentPools
         return keys + (static_cast<uint64_t>(__shfl_sync(kFullWarp, block, lane)) + row) * D;
     }
 
-    // Keep what this warp has read of a missing block; of pools in GPU memory nothing is missing.
+    // Of what this warp has begun to read, note what is missing, and then keep it. Of pools in GPU memory nothing is.
+    __device__ __forceinline__ void noteKeys() const
+    {
+    }
+
+    __device__ __forceinline__ void noteRuns() const
+    {
+    }
+
     __device__ __forceinline__ bool keysLand() const
     {
         return false;
@@ -137,7 +145,7 @@ struct OffloadedPools
     {
         const uint32_t block_in_pool = row >> caches->block_log2; // a node's row is the first of its block
         const Block block = reinterpret_cast<const T*>(
-            caches->use(block_in_pool, wanted, caches->slotOf(block_in_pool, wanted), true));
+            caches->use(block_in_pool, wanted, caches->slotOf(block_in_pool, wanted)));
         const Block replacement = fromLane(block, other);
         return wanted ? block : replacement;
     }
@@ -145,6 +153,19 @@ struct OffloadedPools
     __device__ __forceinline__ const T* keyRow(Block block, int lane, int row) const
     {
         return fromLane(block, lane) + row * D;
+    }
+
+    // Once the warp has begun to read the first of what it found.
+    __device__ __forceinline__ void noteKeys() const
+    {
+        caches->noteMissing(true);
+    }
+
+    __device__ __forceinline__ void noteRuns() const
+    {
+        const bool whole = caches->block_log2 <= kTileLog2;
+        caches[0].noteMissing(whole);
+        caches[1].noteMissing(whole);
     }
 
     // Whether any block that this warp found last is to land: it is to be kept as it was read.
@@ -180,10 +201,9 @@ struct OffloadedPools
         const uint32_t block = row >> caches->block_log2;
         const int offset = (row & ((1u << caches->block_log2) - 1)) * D;
         const int key_slot = caches[0].slotOf(block, own), value_slot = caches[1].slotOf(block, own); // on their way at once
-        const bool whole = caches->block_log2 <= kTileLog2;
         Run run;
-        run.key = reinterpret_cast<const T*>(caches[0].use(block, own, key_slot, whole)) + offset;
-        run.value = reinterpret_cast<const T*>(caches[1].use(block, own, value_slot, whole)) + offset;
+        run.key = reinterpret_cast<const T*>(caches[0].use(block, own, key_slot)) + offset;
+        run.value = reinterpret_cast<const T*>(caches[1].use(block, own, value_slot)) + offset;
         const T* const key_before = fromLane(run.key, lane & ~1);
         const T* const value_before = fromLane(run.value, lane & ~1);
         return follows ? Run{key_before + 8 * D, value_before + 8 * D} : run;

@@ -54,7 +54,8 @@ __device__ __forceinline__ void scoreNodes(const DecodeCall& decode, const Decod
     for (int batch = 0; batch < batches; ++batch)
     {
         const int first = firstOf(batch);
-        if (numberOf(batch) % kWarpSize == 0 && (batch & ((1 << batches_log2) - 1)) == 0)
+        const bool looks_up = numberOf(batch) % kWarpSize == 0 && (batch & ((1 << batches_log2) - 1)) == 0;
+        if (looks_up)
         {
             block = lookUp(numberOf(batch));
         }
@@ -77,6 +78,10 @@ __device__ __forceinline__ void scoreNodes(const DecodeCall& decode, const Decod
             {
                 keys[part][j] = Pools::load(source + 32 * j);
             }
+        }
+        if (looks_up)
+        {
+            pools.noteKeys();
         }
         if (pools.keysLand())
         {

@@ -107,13 +107,13 @@ cudaError_t runHeadDim(const Call& call, cudaStream_t stream)
                                                 : run<T, kLargeHeadDim>(call, stream);
 }
 
-// One kernel does it all, and one after it fills the caches.
+// One kernel does it all.
 cudaError_t decode(const Call& call, const HipTrtOffload* offload, cudaStream_t stream)
 {
     cudaError_t error = offload != nullptr ? beginDecode(*offload, stream) : cudaSuccess;
     if (error == cudaSuccess)
     {
-        error = launchDecodeCluster(call, offload, stream);
+        error = launchDecodeCluster(call, offload, offload != nullptr ? fillBeside(call, *offload) : FillWork{}, stream);
     }
     if (error == cudaSuccess && offload != nullptr)
     {
@@ -132,6 +132,10 @@ cudaError_t runType(Call call, const HipTrtOffload* offload, cudaStream_t stream
     if (offload != nullptr)
     {
         cudaError_t error = settle(*offload, stream);
+        if (error == cudaSuccess && call.shape.new_tokens == 1)
+        {
+            error = launchFill(fillBeside(call, *offload), stream);
+        }
         if (error == cudaSuccess)
         {
             error = moveToStaging(call, *offload, stream);

@@ -5,13 +5,12 @@
  * only: results are the same bits with caches of any size, and with none, as for pools in GPU memory.
  *
  *   decode  (S = 1) Key blocks that are scored or attended, and value blocks that are attended, are looked up in the caches.
- *           A block that is missing is read over the bus by the warp that needs it, left in the landing area, and noted; a
- *           second kernel then copies what was noted to the caches.
+ *           A block that is missing is read over the bus by the warp that needs it, left in the landing area, and noted. What was
+ *           noted is copied to the caches later: beside the next layer's step, by thread blocks of its kernel.
  *   prefill (S > 1) The call attends from the staging area, GPU memory for one layer that all layers can share: committed
  *           pages are copied there, new rows are written there, and from there to the pools.
  *
- * The second kernel, and the way from the staging area to the pools, need nothing but the bus: given a lane, they run beside
- * the layers that follow.
+ * The way from the staging area to the pools needs nothing but the bus: given a lane, it runs beside the layers that follow.
  *
  * Calls on the same pools must be ordered, as they are in one stream: each uses and changes the caches.
  *
@@ -60,7 +59,7 @@ typedef enum HipTrtCacheEvent
 } HipTrtCacheEvent;
 
 /* Where decode steps leave blocks that they read over the bus, so that these need not be read again to be placed in a cache: a
- * ring in GPU memory, for layers that are called in turn and share a lane, or have none. */
+ * ring in GPU memory, for layers that are called in turn. */
 typedef struct HipTrtLanding
 {
     void* rows;        /* [blocks, block_k, D] */
@@ -79,14 +78,17 @@ typedef struct HipTrtOffload
     HipTrtBlockCache keys;
     HipTrtBlockCache values;
     HipTrtLanding landing;
+    const void* fills;      /* key_pool of the layer before, which has the same configuration and shape: its caches are filled
+                               by this layer's decode steps. Of the first layer, that is the last one. NULL, or nothing attached
+                               to it: none */
+    int32_t filled_later;   /* 1: another layer says so of this one. 0: its own decode steps fill its caches, at their end */
     uint64_t* counters;     /* [HIP_TRT_OFFLOAD_EVENTS_AT + 2 HIP_TRT_CACHE_EVENTS]: then events of keys, and of values */
     void* staging_keys;     /* [staging_pages, Hkv, page_size, D]; NULL: prefill reads the pools over the bus, by kernels
                                that on Hopper round differently from those for GPU memory */
     void* staging_values;   /* likewise */
     int32_t* staging_table; /* [4, staging_pages]: the call's page tables and lengths, as they may wait longer than it */
     int32_t staging_pages;  /* used by calls of B pages_per_sequence slots or fewer */
-    int32_t last_layer;     /* 1: the layer's calls wait for the lane and leave nothing in it. A captured graph must end with
-                               such a layer's call */
+    int32_t last_layer;     /* 1: the layer's calls wait for the lane and leave nothing in it */
     HipTrtOffloadLane* lane; /* NULL: everything runs in the stream of the call */
 } HipTrtOffload;
 

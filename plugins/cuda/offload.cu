@@ -16,9 +16,22 @@ namespace
 
 constexpr int kThreads = 256;
 
-// What is attached, by key pool.
+struct Attached
+{
+    HipTrtOffload offload;
+    bool unfilled = false; // a decode step may have missed blocks, and nothing that was called since has placed them
+};
+
+// By key pool.
 std::mutex attached_mutex;
-std::map<const void*, HipTrtOffload> attached;
+std::map<const void*, Attached> all_attached;
+
+// What is attached to a key pool, or nullptr. The caller holds the mutex.
+Attached* findAttached(const void* key_pool)
+{
+    const auto found = all_attached.find(key_pool);
+    return found == all_attached.end() ? nullptr : &found->second;
+}
 
 bool validCache(const HipTrtBlockCache& cache)
 {
@@ -62,6 +75,27 @@ __device__ void forget(const HipTrtBlockCache& cache, uint32_t block)
     }
 }
 
+// What a step that went before has missed is placed no more: for one thread.
+__device__ void dropAllMissed(const HipTrtOffload& offload)
+{
+    dropMissed(offload.keys, offload.landing);
+    dropMissed(offload.values, offload.landing);
+}
+
+__global__ void dropMissedKernel(const __grid_constant__ HipTrtOffload offload)
+{
+    if (threadIdx.x == 0)
+    {
+        dropAllMissed(offload);
+    }
+}
+
+FillWork fillOf(const Call& call, const HipTrtOffload& offload)
+{
+    return {offload.keys, offload.values, offload.landing, offload.key_pool, offload.value_pool, offload.counters,
+        call.block_k_log2, call.row_bytes};
+}
+
 // A thread per block of new rows and key/value head.
 __global__ void __launch_bounds__(kThreads)
     forgetKernel(const __grid_constant__ Call call, const __grid_constant__ HipTrtOffload offload)
@@ -69,6 +103,10 @@ __global__ void __launch_bounds__(kThreads)
     const int b = blockIdx.y, block_k = call.config.block_k;
     const int past = call.past_lengths[b], count = call.query_lengths[b];
     const int item = blockIdx.x * kThreads + threadIdx.x;
+    if (item == 0 && b == 0)
+    {
+        dropAllMissed(offload); // what has landed may be written anew
+    }
     const int head = item % call.shape.num_kv_heads;
     const int block = (past >> call.block_k_log2) + item / call.shape.num_kv_heads;
     if (count <= 0 || block * block_k >= past + count)
@@ -158,7 +196,7 @@ template <typename Launch>
 cudaError_t beside(const HipTrtOffload& offload, cudaStream_t stream, Launch work)
 {
     return offload.lane == nullptr || offload.last_layer ? work(stream)
-                                                         : offload.lane->fork(stream, offload.key_pool, work);
+                                                         : offload.lane->fork(stream, work);
 }
 
 } // namespace
@@ -166,12 +204,12 @@ cudaError_t beside(const HipTrtOffload& offload, cudaStream_t stream, Launch wor
 bool findOffload(const Call& call, HipTrtOffload& offload)
 {
     const std::lock_guard<std::mutex> lock(attached_mutex);
-    const auto found = attached.find(call.present_key);
-    if (found == attached.end() || found->second.value_pool != call.present_value)
+    const Attached* const found = findAttached(call.present_key);
+    if (found == nullptr || found->offload.value_pool != call.present_value)
     {
         return false;
     }
-    offload = found->second;
+    offload = found->offload;
     return true;
 }
 
@@ -180,24 +218,40 @@ cudaError_t settle(const HipTrtOffload& offload, cudaStream_t stream)
     return offload.lane == nullptr ? cudaSuccess : offload.lane->join(stream);
 }
 
+FillWork fillBeside(const Call& call, const HipTrtOffload& offload)
+{
+    const std::lock_guard<std::mutex> lock(attached_mutex);
+    Attached* const before = findAttached(offload.fills);
+    return before == nullptr ? FillWork{} : fillOf(call, before->offload);
+}
+
 cudaError_t beginDecode(const HipTrtOffload& offload, cudaStream_t stream)
 {
-    if (offload.lane == nullptr)
+    const cudaError_t error = settle(offload, stream);
+    bool unfilled;
     {
-        return cudaSuccess;
+        const std::lock_guard<std::mutex> lock(attached_mutex);
+        const Attached* const own = findAttached(offload.key_pool);
+        unfilled = own != nullptr && own->unfilled;
     }
-    return offload.last_layer ? offload.lane->join(stream) : offload.lane->beginLayer(stream, offload.key_pool);
+    // A round of layers was broken off. The step that comes may write what has landed: it is placed no more.
+    return error == cudaSuccess && unfilled ? launch(dropMissedKernel, dim3(1), kWarpSize, 0, stream, offload) : error;
 }
 
 cudaError_t endDecode(const Call& call, const HipTrtOffload& offload, cudaStream_t stream)
 {
-    if (offload.keys.blocks == 0 && offload.values.blocks == 0)
     {
-        return cudaSuccess;
+        const std::lock_guard<std::mutex> lock(attached_mutex);
+        if (Attached* const own = findAttached(offload.key_pool))
+        {
+            own->unfilled = offload.filled_later != 0;
+        }
+        if (Attached* const before = findAttached(offload.fills))
+        {
+            before->unfilled = false;
+        }
     }
-    const FillWork work{offload.keys, offload.values, offload.landing, offload.key_pool, offload.value_pool,
-        offload.counters, call.block_k_log2, call.row_bytes};
-    return beside(offload, stream, [&](cudaStream_t on) { return launchFill(work, on); });
+    return offload.filled_later != 0 ? cudaSuccess : launchFill(fillOf(call, offload), stream);
 }
 
 cudaError_t forgetWritten(const Call& call, const HipTrtOffload& offload, cudaStream_t stream)
@@ -248,14 +302,14 @@ HipTrtStatus hipTrtOffloadAttach(const HipTrtOffload* offload)
         return HIP_TRT_INVALID_ARGUMENT;
     }
     const std::lock_guard<std::mutex> lock(attached_mutex);
-    attached[offload->key_pool] = *offload;
+    all_attached[offload->key_pool].offload = *offload;
     return HIP_TRT_SUCCESS;
 }
 
 HipTrtStatus hipTrtOffloadDetach(const void* key_pool)
 {
     const std::lock_guard<std::mutex> lock(hip_trt::attached_mutex);
-    hip_trt::attached.erase(key_pool);
+    hip_trt::all_attached.erase(key_pool);
     return HIP_TRT_SUCCESS;
 }
 
@@ -265,12 +319,12 @@ HipTrtStatus hipTrtOffloadForget(const void* key_pool, cudaStream_t stream)
     HipTrtOffload offload;
     {
         const std::lock_guard<std::mutex> lock(attached_mutex);
-        const auto found = attached.find(key_pool);
-        if (found == attached.end())
+        const Attached* const found = findAttached(key_pool);
+        if (found == nullptr)
         {
             return HIP_TRT_SUCCESS;
         }
-        offload = found->second;
+        offload = found->offload;
     }
     cudaError_t error = settle(offload, stream);
     if (error == cudaSuccess)
@@ -280,6 +334,10 @@ HipTrtStatus hipTrtOffloadForget(const void* key_pool, cudaStream_t stream)
     if (error == cudaSuccess)
     {
         error = clearCache(offload.values, stream);
+    }
+    if (error == cudaSuccess)
+    {
+        error = launch(dropMissedKernel, dim3(1), kWarpSize, 0, stream, offload);
     }
     return error == cudaSuccess ? HIP_TRT_SUCCESS : HIP_TRT_CUDA_ERROR;
 }

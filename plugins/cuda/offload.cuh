@@ -2,7 +2,7 @@
 #pragma once
 
 #include "call.cuh"
-#include "hip_offload.h"
+#include "offload_fill.cuh"
 
 namespace hip_trt
 {
@@ -13,8 +13,10 @@ bool findOffload(const Call& call, HipTrtOffload& offload);
 // Wait for what earlier calls left in the lane.
 cudaError_t settle(const HipTrtOffload& offload, cudaStream_t stream);
 
-// Before and after a decode step: caches are filled with what it missed, beside the layers that follow. Only the last layer
-// waits for that: by then the caches of the others have had the time of a whole step.
+// What a layer's decode step is to fill on the way: the caches of the layer before.
+FillWork fillBeside(const Call& call, const HipTrtOffload& offload);
+
+// Before and after a decode step of a layer whose caches are used.
 cudaError_t beginDecode(const HipTrtOffload& offload, cudaStream_t stream);
 cudaError_t endDecode(const Call& call, const HipTrtOffload& offload, cudaStream_t stream);
 

@@ -1,4 +1,4 @@
-// The kernel that fills caches after decode steps.
+// What fills caches after decode steps: a layer's kernel on the way, or one of its own.
 #pragma once
 
 #include "hip_offload.h"
@@ -6,7 +6,7 @@
 namespace hip_trt
 {
 
-// Caches of one layer whose step is over.
+// Caches of one layer whose step is over; both without blocks: nothing to fill.
 struct FillWork
 {
     HipTrtBlockCache keys;
@@ -17,9 +17,14 @@ struct FillWork
     uint64_t* counters;
     int block_k_log2;
     int row_bytes;
+
+    __host__ __device__ bool empty() const
+    {
+        return keys.blocks == 0 && values.blocks == 0;
+    }
 };
 
-// Place the blocks that the step missed, and count the step.
+// Place the blocks that the step missed, and count the step, by a kernel of its own.
 cudaError_t launchFill(const FillWork& work, cudaStream_t stream);
 
 } // namespace hip_trt

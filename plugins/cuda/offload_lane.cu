@@ -1,6 +1,5 @@
 #include "offload_lane.cuh"
 
-#include <algorithm>
 #include <memory>
 
 namespace
@@ -70,24 +69,23 @@ cudaError_t HipTrtOffloadLane::enter(cudaStream_t stream)
     {
         return error;
     }
-    if (!layers_.empty() && capture_ == 0)
+    if (left_ && capture_ == 0)
     {
         error = waitOnHost(done_);
     } // else the capture has ended, and its graph has this work
-    layers_.clear();
+    left_ = false;
     capture_ = capture;
     return error;
 }
 
 cudaError_t HipTrtOffloadLane::joinEntered(cudaStream_t stream)
 {
-    const cudaError_t error = layers_.empty() ? cudaSuccess : cudaStreamWaitEvent(stream, done_, 0);
-    layers_.clear();
+    const cudaError_t error = left_ ? cudaStreamWaitEvent(stream, done_, 0) : cudaSuccess;
+    left_ = false;
     return error;
 }
 
-cudaError_t HipTrtOffloadLane::fork(
-    cudaStream_t stream, const void* key_pool, const std::function<cudaError_t(cudaStream_t)>& work)
+cudaError_t HipTrtOffloadLane::fork(cudaStream_t stream, const std::function<cudaError_t(cudaStream_t)>& work)
 {
     const std::lock_guard<std::mutex> lock(mutex_);
     cudaError_t error = enter(stream);
@@ -103,7 +101,7 @@ cudaError_t HipTrtOffloadLane::fork(
     {
         return error;
     }
-    layers_.push_back(key_pool);
+    left_ = true;
     error = work(stream_);
     const cudaError_t recorded = cudaEventRecord(done_, stream_);
     return error == cudaSuccess ? recorded : error;
@@ -114,14 +112,6 @@ cudaError_t HipTrtOffloadLane::join(cudaStream_t stream)
     const std::lock_guard<std::mutex> lock(mutex_);
     const cudaError_t error = enter(stream);
     return error == cudaSuccess ? joinEntered(stream) : error;
-}
-
-cudaError_t HipTrtOffloadLane::beginLayer(cudaStream_t stream, const void* key_pool)
-{
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const cudaError_t error = enter(stream);
-    const bool forked = std::find(layers_.begin(), layers_.end(), key_pool) != layers_.end();
-    return error == cudaSuccess && forked ? joinEntered(stream) : error;
 }
 
 HipTrtStatus hipTrtOffloadLaneCreate(HipTrtOffloadLane** lane)

@@ -5,10 +5,9 @@
 
 #include <functional>
 #include <mutex>
-#include <vector>
 
 // Work is forked off a call's stream, runs in order beside it, and is joined by a later call. Both also happen in a capture,
-// where they become edges of the graph. Layers are called in turn, and the last one joins: a round.
+// where they become edges of the graph.
 struct HipTrtOffloadLane
 {
 public:
@@ -19,13 +18,10 @@ public:
     HipTrtOffloadLane& operator=(const HipTrtOffloadLane&) = delete;
 
     // Have `work` of a layer, which launches on the stream that it is given, begin once what is in `stream` now has run.
-    cudaError_t fork(cudaStream_t stream, const void* key_pool, const std::function<cudaError_t(cudaStream_t)>& work);
+    cudaError_t fork(cudaStream_t stream, const std::function<cudaError_t(cudaStream_t)>& work);
 
     // What comes in `stream` from now on runs after all that was forked.
     cudaError_t join(cudaStream_t stream);
-
-    // A layer's decode step comes. If it has forked since the last join, that round was not finished, and is joined.
-    cudaError_t beginLayer(cudaStream_t stream, const void* key_pool);
 
 private:
     HipTrtOffloadLane() = default;
@@ -37,6 +33,6 @@ private:
     cudaStream_t stream_ = nullptr;
     cudaEvent_t forked_ = nullptr;
     cudaEvent_t done_ = nullptr;
-    std::vector<const void*> layers_; // key pools of those that forked, and are not joined
-    unsigned long long capture_ = 0;  // in which that was; 0: in none
+    bool left_ = false;              // something was forked, and is not joined
+    unsigned long long capture_ = 0; // in which that was; 0: in none
 };
