@@ -13,6 +13,7 @@ from offload_stack import Stack, assert_same
 from offload_steps import CONFIG
 
 from hip_trt.offload import Geometry, Offload, OffloadedCache, OffloadStats
+from hip_trt.offload.sizes import CacheSizes
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
 LAYERS, BATCH, SLOTS = 3, 2, 8
@@ -66,11 +67,17 @@ def test_chunks_between_steps(library: EmulatedLibrary, offload: Offload) -> Non
         assert counts.fills > 0
 
 
-def test_rounds_that_are_broken_off(library: EmulatedLibrary) -> None:
+@pytest.mark.parametrize("landing", [8, 1024], ids=["little lands", "all lands"])
+def test_rounds_that_are_broken_off(
+    library: EmulatedLibrary, landing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only the first layers are called, then all again, from the same lengths on."""
+    monkeypatch.setattr(CacheSizes, "landing", lambda self, num_layers: landing)
+
     def play(stack: Stack) -> None:
         stack.interrupted_prefill(30, layers=2)
         stack.prefill([90, 50], chunk=64)
+        stack.decode(1, layers=2)  # misses the block that it writes: what landed of it is not what the next step writes
         stack.decode(2)
         stack.decode(1, layers=2)
         stack.decode(3)

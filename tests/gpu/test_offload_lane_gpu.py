@@ -76,6 +76,7 @@ def test_rounds_that_are_broken_off(library: Library, layers: int) -> None:  # n
     def play(stack: Stack) -> None:
         stack.interrupted_prefill(3000, layers=layers)
         stack.prefill([14000, 5000], chunk=8192)
+        stack.decode(1, layers=layers)
         for _ in range(4):
             stack.decode(2, layers=layers)
             stack.decode(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,9 +94,11 @@ def test_a_context_that_does_not_fit_when_resident(library: Library) -> None:  #
     layers, tokens = 4, 128 * 1024
     slots = tokens // LLAMA.page_size + 1
     geometry = Geometry(layers, 8, 8, 128, torch.bfloat16, 1, slots, slots, LLAMA)
+    gc.collect()
     torch.cuda.empty_cache()
-    total = torch.cuda.mem_get_info()[1]
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 0.9e9) / total)
+    torch.cuda.reset_peak_memory_stats()
+    before, total = torch.cuda.memory_reserved(), torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((before + 0.9e9) / total)
     with pytest.raises(torch.OutOfMemoryError):
         _resident(geometry)
     torch.cuda.empty_cache()
@@ -109,7 +112,7 @@ def test_a_context_that_does_not_fit_when_resident(library: Library) -> None:  #
         offloaded = _decode(library, [cache.pools(layer) for layer in range(layers)], queries, rows, tokens - 64)
         stats = cache.stats()
         assert stats.gpu_bytes < 0.06 * stats.host_bytes
-        assert torch.cuda.max_memory_reserved() < stats.host_bytes
+        assert torch.cuda.max_memory_reserved() - before < 0.5 * stats.host_bytes
         torch.cuda.set_per_process_memory_fraction(1.0)
         pools = _resident(geometry)
         for layer in range(layers):
