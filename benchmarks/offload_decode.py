@@ -4,12 +4,12 @@
 
 A model of Llama-3.1-8B's geometry, batch 1, bfloat16: every matrix product of its layers with random weights, and
 HipAttention over rows that SmolLM2 gave on real text (offload_bench/recorded.py says how). For each length: resident,
-and offloaded with caches of --share of the resident cache, searched from the top in every step, and in every 8th and
-32nd. Steps are replayed CUDA graphs. Outputs and kept nodes of both are compared bit for bit, step by step; then both
-are timed in turn, --rounds times, as a GPU slows down by some percent while it warms up: what is kept is the median of
-the rounds. Resident is also timed alone, while there is nothing of the other, before and after a while, which shows
-how much of a difference that makes. Where the resident cache does not fit on the GPU, the offloaded one is timed
-alone. Writes offload_decode.json, .md and .png, after each length.
+and offloaded with caches of --share of the resident cache, searched from the top in every step, and in every 8th, 32nd
+and 64th. Steps are replayed CUDA graphs. Outputs and kept nodes of both are compared bit for bit, step by step; then
+both are timed in turn, --rounds times, as the time of both may shift together by some percent: what is kept is the
+median of the rounds. Resident is also timed alone, before there is anything of the other and after it is gone. Where
+the resident cache does not fit on the GPU, the offloaded one is timed alone. Writes offload_decode.json, .md and .png,
+after each length; --append keeps what the file has of other lengths.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from hip_trt.offload.statistics import OffloadStats
 BUS_BYTES_PER_S = 51e9
 """Kernel reads of host memory, measured on an H200 in blocks of 1 KiB or more."""
 
-INTERVALS = (1, 8, 32)
+INTERVALS = (1, 8, 32, 64)
 
 _BEGUN = time.perf_counter()
 
@@ -202,7 +202,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, panels = pyplot.subplots(1, len(widths) + 1, figsize=(5 * len(widths) + 5, 4))
     for panel, width in zip(panels, widths, strict=False):
         mine = [row for row in rows if row["config"]["leaf_branch"] == width]
-        for interval, color in zip(INTERVALS, ("tab:red", "tab:orange", "tab:blue"), strict=True):
+        for interval, color in zip(INTERVALS, ("tab:red", "tab:orange", "tab:blue", "tab:green"), strict=True):
             for place, style in (("resident", "--"), ("offloaded", "-")):
                 there = [row for row in mine if place in row["runs"][str(interval)]]
                 panel.plot([row["tokens"] for row in there],
@@ -228,6 +228,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
+def _place(row: dict[str, Any]) -> tuple[int, int]:
+    """Of a row in the table: by length, widest leaves first."""
+    return row["tokens"], -row["config"]["leaf_branch"]
+
+
 def _length(text: str) -> int:
     number = int(text.lower().removesuffix("k")) * (1024 if text.lower().endswith("k") else 1)
     if number % STRETCH:
@@ -246,6 +251,7 @@ def main() -> None:
     parser.add_argument("--key-share", type=float, help="cache of keys, as a share of keys and values together")
     parser.add_argument("--value-share", type=float, help="cache of values, likewise")
     parser.add_argument("--name", default="offload_decode", help="of the files written")
+    parser.add_argument("--append", action="store_true", help="to the rows that the file has")
     parser.add_argument("--leaf-branch", type=int, nargs="+", default=[HipConfig.create().leaf_branch])
     parser.add_argument("--decode-mask-k", type=int, default=HipConfig.create().decode_mask_k)
     parser.add_argument("--rounds", type=int, default=3, help="times that both are timed in turn")
@@ -273,19 +279,24 @@ def main() -> None:
     else:
         offload = Offload.of_share(options.share)
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if options.append and (options.out / f"{options.name}.json").exists():
+        rows = json.loads((options.out / f"{options.name}.json").read_text())["rows"]
     for length in options.lengths:
         for leaf_branch in options.leaf_branch:
             config = HipConfig.create(leaf_branch=leaf_branch, decode_mask_k=options.decode_mask_k)
-            rows.append(run_length(
+            row = run_length(
                 library, config, recording, length, options.layers, weights[: options.layers], offload, options
-            ))
+            )
+            rows = sorted(
+                [*(old for old in rows if _place(old) != _place(row)), row], key=_place
+            )
             gc.collect()
             torch.cuda.empty_cache()
             content = {"environment": describe(library.path), "bus_bytes_per_s": BUS_BYTES_PER_S, "rows": rows}
             (options.out / f"{options.name}.json").write_text(json.dumps(content, indent=1))
             (options.out / f"{options.name}.md").write_text(markdown(rows))
-            print(markdown(rows[-1:]).split("\n", 2)[2], end="", flush=True)
+            print(markdown([row]).split("\n", 2)[2], end="", flush=True)
     plot(rows, options.out / f"{options.name}.png")
     print(markdown(rows))
 
