@@ -112,10 +112,35 @@ def test_configurations(library: Library, changes: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_without_a_staging_area(library: Library, dtype: torch.dtype) -> None:
-    """Prefill reads the pools where they are, and so do single-token calls of float32, which no cluster computes."""
+    """Prefill reads the pools where they are."""
     expected, _ = play(library, (200, 60), blocks=None, dtype=dtype, steps=6)
     for staging in (False, True):
         assert_same(play(library, (200, 60), blocks=64, dtype=dtype, steps=6, staging=staging)[0], expected)
+
+
+@pytest.mark.parametrize(("dtype", "changes", "query_heads"), [
+    (torch.float32, {}, 4), (torch.float32, {"block_k": 32, "decode_mask_k": 64, "mask_heads": "query"}, 4),
+    (torch.float16, {"stride_k": 2}, 4), (torch.bfloat16, {"block_k": 4, "decode_mask_k": 32}, 4),
+    (torch.float16, {"block_k": 64, "decode_mask_k": 128, "page_size": 64, "stride_k": 4}, 4),
+    (torch.float32, {"reuse_level": 0}, 2),
+], ids=str)
+def test_steps_that_no_cluster_computes(
+    library: Library, dtype: torch.dtype, changes: dict[str, object], query_heads: int
+) -> None:
+    """Kernels for every GPU and type look rows up one by one, and their steps end with a fill."""
+    config = CONFIG.replace(**changes)
+    options = {"config": config, "steps": 7, "dtype": dtype, "query_heads": query_heads}
+    expected, _ = play(library, (270, 60), blocks=None, **options)
+    for blocks, landing in ((0, 0), (32, 1024), (100_000, 0)):
+        actual, counts = play(library, (270, 60), blocks=blocks, landing=landing, **options)
+        assert_same(actual, expected)
+        assert counts is not None
+        for cache in counts:
+            assert cache.misses > 0 or blocks == 0
+            assert (cache.hits > 0) == (blocks > 0)
+            assert cache.rereads == cache.fills
+            if blocks == 100_000:
+                assert cache.hit_ratio > 0.7
 
 
 def test_counts_are_of_blocks(library: Library) -> None:

@@ -25,6 +25,38 @@ __device__ __forceinline__ Word slotOwner(uint32_t block, uint32_t step)
     return static_cast<Word>(block + 1) << 32 | step;
 }
 
+// Have the blocks of the lanes of `missing` placed later; where the list is full, not. Returns where this lane's block is to
+// land; negative: nowhere. `whole`: the warp reads all rows of them, and lets them land. For all lanes of a warp. `cache`: has
+// missed, blocks, tickets and landing_blocks.
+template <typename Cache>
+__device__ __forceinline__ int noteMissing(const Cache& cache, unsigned missing, int32_t block, bool whole)
+{
+    const int lane = threadIdx.x % kWarpSize, misses = __popc(missing);
+    int first = 0;
+    uint32_t ticket = 0, in_use = 0; // tickets that have been taken and not given back, before this warp's
+    if (lane == 0 && cache.blocks != 0)
+    {
+        first = atomicAdd(cache.missed, misses);
+        if (cache.landing_blocks != 0)
+        {
+            ticket = atomicAdd(cache.tickets, static_cast<uint32_t>(misses));
+            in_use = ticket - static_cast<uint32_t>(loadCurrent(reinterpret_cast<const int32_t*>(cache.tickets + 1)));
+        }
+    }
+    const int before = __popc(missing & ((1u << lane) - 1));
+    const int at = __shfl_sync(kFullWarp, first, 0) + before;
+    ticket = __shfl_sync(kFullWarp, ticket, 0) + before;
+    in_use = __shfl_sync(kFullWarp, in_use, 0) + before;
+    const bool noted = (missing >> lane & 1) != 0 && at < cache.blocks;
+    const bool lands = noted && whole && in_use < static_cast<uint32_t>(cache.landing_blocks);
+    const int landing = lands ? static_cast<int>(ticket & (cache.landing_blocks - 1)) : -1;
+    if (noted)
+    {
+        reinterpret_cast<int2*>(cache.missed + HIP_TRT_CACHE_MISSED_HEADER)[at] = make_int2(block, landing);
+    }
+    return landing;
+}
+
 constexpr int kCacheThreads = 256; // of a thread block that uses caches
 
 // A pool and its cache as a thread block sees them during one step: in shared memory, as registers are scarce.
@@ -138,37 +170,15 @@ struct BlockCache
         {
             return;
         }
-        const int misses = __popc(missing);
         const int32_t block = landings[warp][lane];
-        count(HIP_TRT_CACHE_MISS, misses);
-        int first = 0;
-        uint32_t ticket = 0, in_use = 0; // tickets that have been taken and not given back, before this warp's
-        if (lane == 0 && blocks != 0)
-        {
-            first = atomicAdd(missed, misses);
-            if (landing_blocks != 0)
-            {
-                ticket = atomicAdd(tickets, static_cast<uint32_t>(misses));
-                in_use = ticket - static_cast<uint32_t>(loadCurrent(reinterpret_cast<const int32_t*>(tickets + 1)));
-            }
-        }
-        const int before = __popc(missing & ((1u << lane) - 1));
-        const int at = __shfl_sync(kFullWarp, first, 0) + before;
-        ticket = __shfl_sync(kFullWarp, ticket, 0) + before;
-        in_use = __shfl_sync(kFullWarp, in_use, 0) + before;
-        const bool noted = (missing >> lane & 1) != 0 && at < blocks;
-        const bool lands = noted && whole && in_use < static_cast<uint32_t>(landing_blocks);
-        const int landing = lands ? static_cast<int>(ticket & (landing_blocks - 1)) : -1;
+        count(HIP_TRT_CACHE_MISS, __popc(missing));
+        const int landing = hip_trt::noteMissing(*this, missing, block, whole);
         __syncwarp();
         landings[warp][lane] = landing;
-        const unsigned landing_lanes = __ballot_sync(kFullWarp, lands);
+        const unsigned landing_lanes = __ballot_sync(kFullWarp, landing >= 0);
         if (lane == 0)
         {
             landed[warp] = landing_lanes;
-        }
-        if (noted)
-        {
-            reinterpret_cast<int2*>(missed + HIP_TRT_CACHE_MISSED_HEADER)[at] = make_int2(block, landing);
         }
         __syncwarp();
     }

@@ -150,7 +150,7 @@ __device__ __forceinline__ void place(BlockCache& cache, uint32_t block, int lan
 
 // Fill the caches of a layer: a warp per missed block. Then the lists are emptied, what landed is given back, and the step is
 // counted. For all threads of thread block `part` of `parts`; `caches`: room for two in shared memory.
-__device__ __forceinline__ void fillCaches(const FillWork& work, BlockCache* caches, int part, int parts)
+__device__ __forceinline__ void fillCaches(const LayerCaches& work, BlockCache* caches, int part, int parts)
 {
     if (threadIdx.x == 0 || threadIdx.x == kWarpSize)
     {

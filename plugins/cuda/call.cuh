@@ -2,6 +2,7 @@
 #pragma once
 
 #include "hip_attention.h"
+#include "layer_caches.cuh"
 
 #include <cuda_runtime.h>
 
@@ -19,6 +20,7 @@ struct Call : HipTrtParams
     int row_bytes; // of one head of one token
     bool host_pools; // the present pools are in host memory, where tensor maps do not reach
     bool appended;   // the new rows are in the present pools
+    LayerCaches caches; // of the present pools, for a single-token call that reads them row by row
 
     // What the search hands to the attention, for every query block of every mask head: [B, Hm, query_blocks].
     int32_t* chosen;       // [.., K] ascending; the caller's chosen_blocks, or workspace

@@ -227,7 +227,7 @@ bool decodeClusterSupports(const Call& call)
 }
 
 cudaError_t launchDecodeCluster(
-    const Call& call, const HipTrtOffload* offload, const FillWork& fill, cudaStream_t stream, int cluster_log2)
+    const Call& call, const HipTrtOffload* offload, const LayerCaches& fill, cudaStream_t stream, int cluster_log2)
 {
     const DecodeKernel kernel = findKernel(call, offload != nullptr);
     Device device;

@@ -77,7 +77,7 @@ struct DecodeCall
 {
     Call call;
     HipTrtOffload offload; // where pools are in host memory
-    FillWork fill;         // beside that, of another layer
+    LayerCaches fill;         // beside that, of another layer
     Divisor page_size;
     Divisor level_size[kMaxLevels]; // blocks that a node of each level covers
     uint32_t branch_reciprocal;      // 2^kReciprocalShift over the width, rounded up
@@ -105,7 +105,7 @@ bool decodeClusterSupports(const Call& call);
 
 // Launch it, cache update included, with 2^cluster_log2 thread blocks per sequence and mask head; by default as many as
 // the device holds at once. `offload`: what is attached to the pools, or nullptr. `fill`: what to fill beside it, of another layer.
-cudaError_t launchDecodeCluster(const Call& call, const HipTrtOffload* offload, const FillWork& fill, cudaStream_t stream,
+cudaError_t launchDecodeCluster(const Call& call, const HipTrtOffload* offload, const LayerCaches& fill, cudaStream_t stream,
     int cluster_log2 = -1);
 
 } // namespace hip_trt

@@ -62,7 +62,7 @@ cudaError_t attendChosen(const Call& call, cudaStream_t stream)
 cudaError_t moveToStaging(Call& call, const HipTrtOffload& offload, cudaStream_t stream)
 {
     cudaError_t error = forgetWritten(call, offload, stream);
-    if (call.shape.new_tokens == 1 || !canStage(call, offload))
+    if (!canStage(call, offload))
     {
         call.host_pools = true;
         return error;
@@ -113,13 +113,44 @@ cudaError_t decode(const Call& call, const HipTrtOffload* offload, cudaStream_t 
     cudaError_t error = offload != nullptr ? beginDecode(*offload, stream) : cudaSuccess;
     if (error == cudaSuccess)
     {
-        error = launchDecodeCluster(call, offload, offload != nullptr ? fillBeside(call, *offload) : FillWork{}, stream);
+        error = launchDecodeCluster(call, offload, offload != nullptr ? fillBeside(call, *offload) : LayerCaches{}, stream);
     }
     if (error == cudaSuccess && offload != nullptr)
     {
         error = endDecode(call, *offload, stream);
     }
     return error;
+}
+
+cudaError_t runAnyType(const Call& call, cudaStream_t stream)
+{
+    switch (call.shape.type)
+    {
+    case HIP_TRT_FLOAT16: return runHeadDim<__half>(call, stream);
+    case HIP_TRT_BFLOAT16: return runHeadDim<__nv_bfloat16>(call, stream);
+    default: return runHeadDim<float>(call, stream);
+    }
+}
+
+// A single-token call on pools in host memory that no cluster computes.
+cudaError_t decodeByRows(Call call, const HipTrtOffload& offload, cudaStream_t stream)
+{
+    call.host_pools = true;
+    call.caches = cachesOf(call, offload);
+    cudaError_t error = beginDecode(offload, stream);
+    if (error == cudaSuccess)
+    {
+        error = launchFill(fillBeside(call, offload), stream);
+    }
+    if (error == cudaSuccess)
+    {
+        error = updateCopies(call, stream);
+    }
+    if (error == cudaSuccess)
+    {
+        error = runAnyType(call, stream);
+    }
+    return error == cudaSuccess ? endDecode(call, offload, stream) : error;
 }
 
 // `offload`: what is attached to the pools, or nullptr.
@@ -129,13 +160,13 @@ cudaError_t runType(Call call, const HipTrtOffload* offload, cudaStream_t stream
     {
         return decode(call, offload, stream);
     }
+    if (offload != nullptr && call.shape.new_tokens == 1)
+    {
+        return decodeByRows(call, *offload, stream);
+    }
     if (offload != nullptr)
     {
         cudaError_t error = settle(*offload, stream);
-        if (error == cudaSuccess && call.shape.new_tokens == 1)
-        {
-            error = launchFill(fillBeside(call, *offload), stream);
-        }
         if (error == cudaSuccess)
         {
             error = moveToStaging(call, *offload, stream);
@@ -145,12 +176,7 @@ cudaError_t runType(Call call, const HipTrtOffload* offload, cudaStream_t stream
             return error;
         }
     }
-    switch (call.shape.type)
-    {
-    case HIP_TRT_FLOAT16: return runHeadDim<__half>(call, stream);
-    case HIP_TRT_BFLOAT16: return runHeadDim<__nv_bfloat16>(call, stream);
-    default: return runHeadDim<float>(call, stream);
-    }
+    return runAnyType(call, stream);
 }
 
 bool complete(const HipTrtParams& params)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "block_select.cuh"
+#include "cached_rows.cuh"
 #include "kernels.cuh"
 #include "launch.cuh"
 #include "plan.cuh"
@@ -219,9 +220,9 @@ struct MaskSearchSteps
     }
 };
 
-// Scores on the matrix units of every supported GPU, or in plain float arithmetic.
-template <typename T, int D>
-struct MaskSearch : MaskSearchSteps<MaskSearch<T, D>>
+// Scores on the matrix units of every supported GPU, or in plain float arithmetic. Cached: keys come through call.caches.
+template <typename T, int D, bool Cached>
+struct MaskSearch : MaskSearchSteps<MaskSearch<T, D, Cached>>
 {
     using Steps = MaskSearchSteps<MaskSearch>;
     using Steps::cache;
@@ -309,7 +310,16 @@ struct MaskSearch : MaskSearchSteps<MaskSearch<T, D>>
         {
             if (part < parts)
             {
-                copyRowsAsync<T, D, kTokens>(tile, call.present_key, poolRow(part), call.row_bytes);
+                if constexpr (Cached)
+                {
+                    const int64_t row = lane < kTokens ? poolRow(part) : -1;
+                    copyRowsFromAsync<T, D, kTokens>(
+                        tile, call.present_key, CachedRows(call.caches, true).offset(row), call.row_bytes);
+                }
+                else
+                {
+                    copyRowsAsync<T, D, kTokens>(tile, call.present_key, poolRow(part), call.row_bytes);
+                }
             }
             commitCopies();
         };
@@ -397,7 +407,7 @@ struct MaskSearch : MaskSearchSteps<MaskSearch<T, D>>
     }
 };
 
-template <typename T, int D>
+template <typename T, int D, bool Cached>
 __global__ void __launch_bounds__(kDecodeSearchThreads, 1) maskSearchKernel(const __grid_constant__ Call call)
 {
     const int64_t searches = static_cast<int64_t>(call.shape.batch) * call.mask_heads * call.query_blocks;
@@ -405,7 +415,7 @@ __global__ void __launch_bounds__(kDecodeSearchThreads, 1) maskSearchKernel(cons
     {
         const int block = static_cast<int>(search % call.query_blocks);
         const int row = static_cast<int>(search / call.query_blocks);
-        MaskSearch<T, D>(call, row / call.mask_heads, row % call.mask_heads, block, dynamicShared()).run();
+        MaskSearch<T, D, Cached>(call, row / call.mask_heads, row % call.mask_heads, block, dynamicShared()).run();
         __syncthreads();
     }
 }
@@ -416,10 +426,11 @@ cudaError_t searchMasks(const Call& call, cudaStream_t stream)
     const int64_t searches = static_cast<int64_t>(call.shape.batch) * call.mask_heads * call.query_blocks;
     const int64_t blocks = call.search_lists == nullptr || searches < call.search_slots ? searches : call.search_slots;
     const int threads = call.shape.new_tokens == 1 ? kDecodeSearchThreads : kPrefillSearchThreads;
-    const size_t rows = searchQueryRows(call.config, call.shape) + threads / kWarpSize * MaskSearch<T, D>::kTokens;
+    const size_t rows = searchQueryRows(call.config, call.shape) + threads / kWarpSize * MaskSearch<T, D, false>::kTokens;
     const size_t lists
         = call.search_lists == nullptr ? searchListBytes(call.candidate_capacity, call.kept_capacity) : 0;
-    return launch(maskSearchKernel<T, D>, dim3(static_cast<unsigned>(blocks)), threads,
+    const auto kernel = call.caches.empty() ? maskSearchKernel<T, D, false> : maskSearchKernel<T, D, true>;
+    return launch(kernel, dim3(static_cast<unsigned>(blocks)), threads,
         rows * kTileStride<T, D> * sizeof(T) + lists, stream, call);
 }
 

@@ -90,12 +90,6 @@ __global__ void dropMissedKernel(const __grid_constant__ HipTrtOffload offload)
     }
 }
 
-FillWork fillOf(const Call& call, const HipTrtOffload& offload)
-{
-    return {offload.keys, offload.values, offload.landing, offload.key_pool, offload.value_pool, offload.counters,
-        call.block_k_log2, call.row_bytes};
-}
-
 // A thread per block of new rows and key/value head.
 __global__ void __launch_bounds__(kThreads)
     forgetKernel(const __grid_constant__ Call call, const __grid_constant__ HipTrtOffload offload)
@@ -117,6 +111,35 @@ __global__ void __launch_bounds__(kThreads)
         = static_cast<uint32_t>(PagedRows(call, b, head).row(block * block_k) >> call.block_k_log2);
     forget(offload.keys, in_pool);
     forget(offload.values, in_pool);
+}
+
+// Write a row to the copy of its block, if there is one.
+__device__ void updateCopy(const HipTrtBlockCache& cache, const Call& call, int64_t row, const uint4* source, int chunk)
+{
+    const int chunks = call.row_bytes / static_cast<int>(sizeof(uint4));
+    const int slot = cache.blocks == 0 ? -1 : cache.slots[row >> call.block_k_log2] - 1;
+    if (slot >= 0)
+    {
+        const int64_t in_cache = (static_cast<int64_t>(slot) << call.block_k_log2) + (row & (call.config.block_k - 1));
+        static_cast<uint4*>(cache.rows)[in_cache * chunks + chunk] = *source;
+    }
+}
+
+// A thread block per sequence.
+__global__ void __launch_bounds__(kThreads) updateCopiesKernel(const __grid_constant__ Call call)
+{
+    const int b = blockIdx.x, chunks = call.row_bytes / static_cast<int>(sizeof(uint4));
+    if (call.query_lengths[b] <= 0)
+    {
+        return;
+    }
+    for (int i = threadIdx.x; i < call.shape.num_kv_heads * chunks; i += kThreads)
+    {
+        const int64_t row = PagedRows(call, b, i / chunks).row(call.past_lengths[b]);
+        const int64_t from = static_cast<int64_t>(b) * call.shape.num_kv_heads * chunks + i;
+        updateCopy(call.caches.keys, call, row, static_cast<const uint4*>(call.key) + from, i % chunks);
+        updateCopy(call.caches.values, call, row, static_cast<const uint4*>(call.value) + from, i % chunks);
+    }
 }
 
 // What the staging area keeps of a call: where its pages are, [B, M] each, and its lengths, [B]. There are no more sequences
@@ -218,11 +241,23 @@ cudaError_t settle(const HipTrtOffload& offload, cudaStream_t stream)
     return offload.lane == nullptr ? cudaSuccess : offload.lane->join(stream);
 }
 
-FillWork fillBeside(const Call& call, const HipTrtOffload& offload)
+LayerCaches cachesOf(const Call& call, const HipTrtOffload& offload)
+{
+    return {offload.keys, offload.values, offload.landing, offload.key_pool, offload.value_pool, offload.counters,
+        call.block_k_log2, call.row_bytes};
+}
+
+LayerCaches fillBeside(const Call& call, const HipTrtOffload& offload)
 {
     const std::lock_guard<std::mutex> lock(attached_mutex);
     Attached* const before = findAttached(offload.fills);
-    return before == nullptr ? FillWork{} : fillOf(call, before->offload);
+    return before == nullptr ? LayerCaches{} : cachesOf(call, before->offload);
+}
+
+cudaError_t updateCopies(const Call& call, cudaStream_t stream)
+{
+    return call.caches.empty() ? cudaSuccess
+                               : launch(updateCopiesKernel, dim3(call.shape.batch), kThreads, 0, stream, call);
 }
 
 cudaError_t beginDecode(const HipTrtOffload& offload, cudaStream_t stream)
@@ -251,7 +286,7 @@ cudaError_t endDecode(const Call& call, const HipTrtOffload& offload, cudaStream
             before->unfilled = false;
         }
     }
-    return offload.filled_later != 0 ? cudaSuccess : launchFill(fillOf(call, offload), stream);
+    return offload.filled_later != 0 ? cudaSuccess : launchFill(cachesOf(call, offload), stream);
 }
 
 cudaError_t forgetWritten(const Call& call, const HipTrtOffload& offload, cudaStream_t stream)

@@ -14,7 +14,13 @@ bool findOffload(const Call& call, HipTrtOffload& offload);
 cudaError_t settle(const HipTrtOffload& offload, cudaStream_t stream);
 
 // What a layer's decode step is to fill on the way: the caches of the layer before.
-FillWork fillBeside(const Call& call, const HipTrtOffload& offload);
+LayerCaches fillBeside(const Call& call, const HipTrtOffload& offload);
+
+// What is attached, as kernels get it.
+LayerCaches cachesOf(const Call& call, const HipTrtOffload& offload);
+
+// Write a single-token call's new rows to the copies of their blocks in call.caches.
+cudaError_t updateCopies(const Call& call, cudaStream_t stream);
 
 // Before and after a decode step of a layer whose caches are used.
 cudaError_t beginDecode(const HipTrtOffload& offload, cudaStream_t stream);

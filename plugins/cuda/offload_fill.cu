@@ -12,14 +12,14 @@ namespace
 constexpr int kThreads = kCacheThreads;
 constexpr int kFillBlocks = 32; // thread blocks: 256 cache blocks on their way at once keep the bus busy
 
-__global__ void __launch_bounds__(kThreads) fillKernel(const __grid_constant__ FillWork work)
+__global__ void __launch_bounds__(kThreads) fillKernel(const __grid_constant__ LayerCaches work)
 {
     fillCaches(work, reinterpret_cast<BlockCache*>(dynamicShared()), blockIdx.x, gridDim.x);
 }
 
 } // namespace
 
-cudaError_t launchFill(const FillWork& work, cudaStream_t stream)
+cudaError_t launchFill(const LayerCaches& work, cudaStream_t stream)
 {
     return work.empty() ? cudaSuccess : launch(fillKernel, dim3(kFillBlocks), kThreads, 2 * sizeof(BlockCache), stream, work);
 }

@@ -40,10 +40,12 @@ struct PagedRows
 template <typename T, int D>
 constexpr int kTileStride = D + 16 / static_cast<int>(sizeof(T));
 
-// One warp starts to copy Rows rows to shared memory. Lane i < Rows gives the index of row i in `source` (rows of
-// row_bytes); a negative one, and what lies beyond row_bytes, becomes zeros.
+constexpr int64_t kNoRow = INT64_MIN;
+
+// One warp starts to copy Rows rows to shared memory. Lane i < Rows says where row i is, in bytes from `source`; kNoRow, and
+// what lies beyond row_bytes, becomes zeros.
 template <typename T, int D, int Rows>
-__device__ __forceinline__ void copyRowsAsync(T* tile, const void* source, int64_t row, int row_bytes)
+__device__ __forceinline__ void copyRowsFromAsync(T* tile, const void* source, int64_t offset, int row_bytes)
 {
     constexpr int kElements = 16 / sizeof(T);
     constexpr int kRowLanes = D / kElements; // 16 bytes each
@@ -53,14 +55,20 @@ __device__ __forceinline__ void copyRowsAsync(T* tile, const void* source, int64
     const int chunk = lane % kRowLanes;
     const char* column = static_cast<const char*>(source) + chunk * 16;
     T* to = tile + lane / kRowLanes * kTileStride<T, D> + chunk * kElements;
-    const int64_t offset = row < 0 ? -1 : row * row_bytes;
 #pragma unroll 4
     for (int first = 0; first < Rows; first += kRowsAtOnce)
     {
         const int64_t from = __shfl_sync(kFullWarp, offset, first + lane / kRowLanes);
-        const bool valid = from >= 0 && chunk * 16 < row_bytes;
+        const bool valid = from != kNoRow && chunk * 16 < row_bytes;
         copyAsync16(to + first * kTileStride<T, D>, valid ? column + from : column, valid);
     }
+}
+
+// The same where lane i gives the index of row i in `source` (rows of row_bytes), or a negative number for none.
+template <typename T, int D, int Rows>
+__device__ __forceinline__ void copyRowsAsync(T* tile, const void* source, int64_t row, int row_bytes)
+{
+    copyRowsFromAsync<T, D, Rows>(tile, source, row < 0 ? kNoRow : row * row_bytes, row_bytes);
 }
 
 } // namespace hip_trt

@@ -3,6 +3,7 @@
 // tile of keys and values serves them all.
 #pragma once
 
+#include "cached_rows.cuh"
 #include "kernels.cuh"
 #include "launch.cuh"
 #include "plan.cuh"
@@ -154,7 +155,8 @@ inline __host__ __device__ int rowTiles(const Call& call, int rows_per_thread_bl
     return (call.heads_per_mask * rows + rows_per_thread_block - 1) / rows_per_thread_block;
 }
 
-template <typename T, int D, int Warps>
+// Cached: keys and values come through call.caches.
+template <typename T, int D, int Warps, bool Cached>
 __global__ void __launch_bounds__(Warps* kWarpSize, 1) sparseAttentionKernel(const __grid_constant__ Call call)
 {
     using Attention = SparseAttention<T, D, Warps>;
@@ -196,13 +198,22 @@ __global__ void __launch_bounds__(Warps* kWarpSize, 1) sparseAttentionKernel(con
     // Each warp copies its share of a tile: lane i the i-th row of it, found one tile ahead.
     const int column = warp * Attention::kWarpTokens + lane;
     int next_token;
-    int64_t next_row;
+    int64_t next_key, next_value; // bytes from the pool's beginning
     auto locate = [&](int tile)
     {
         next_token = lane < Attention::kWarpTokens && tile < end_tile
             ? attended.token(tile * Attention::kTileTokens + column)
             : INT_MAX;
-        next_row = next_token == INT_MAX ? -1 : cache.row(next_token);
+        const int64_t row = next_token == INT_MAX ? -1 : cache.row(next_token);
+        if constexpr (Cached)
+        {
+            next_key = CachedRows(call.caches, true).offset(row);
+            next_value = CachedRows(call.caches, false).offset(row);
+        }
+        else
+        {
+            next_key = next_value = row < 0 ? kNoRow : row * call.row_bytes;
+        }
     };
     auto copyTile = [&](int tile)
     {
@@ -210,10 +221,10 @@ __global__ void __launch_bounds__(Warps* kWarpSize, 1) sparseAttentionKernel(con
         {
             const int stage = tile % Attention::kStages;
             const int first = warp * Attention::kWarpTokens * Attention::kStride;
-            copyRowsAsync<T, D, Attention::kWarpTokens>(
-                shared.keys[stage] + first, call.present_key, next_row, call.row_bytes);
-            copyRowsAsync<T, D, Attention::kWarpTokens>(
-                shared.values[stage] + first, call.present_value, next_row, call.row_bytes);
+            copyRowsFromAsync<T, D, Attention::kWarpTokens>(
+                shared.keys[stage] + first, call.present_key, next_key, call.row_bytes);
+            copyRowsFromAsync<T, D, Attention::kWarpTokens>(
+                shared.values[stage] + first, call.present_value, next_value, call.row_bytes);
             if (lane < Attention::kWarpTokens)
             {
                 shared.tokens[stage][column] = next_token;
@@ -325,7 +336,12 @@ cudaError_t launchAttention(const Call& call, cudaStream_t stream)
 {
     using Attention = SparseAttention<T, D, Warps>;
     const unsigned blocks = static_cast<unsigned>(call.query_blocks) * rowTiles(call, Attention::kRows) * call.splits;
-    return launch(sparseAttentionKernel<T, D, Warps>, dim3(blocks, call.mask_heads, call.shape.batch),
+    auto kernel = sparseAttentionKernel<T, D, Warps, false>;
+    if constexpr (Warps == 1) // single-token calls have no more rows
+    {
+        kernel = call.caches.empty() ? kernel : sparseAttentionKernel<T, D, Warps, true>;
+    }
+    return launch(kernel, dim3(blocks, call.mask_heads, call.shape.batch),
         Warps * kWarpSize, sizeof(typename Attention::Shared), stream, call);
 }
 
