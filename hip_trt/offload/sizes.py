@@ -9,7 +9,7 @@ import torch
 
 from hip_trt.config import HipConfig
 from hip_trt.offload.block_caches import WAYS
-from hip_trt.offload.settings import KEY_SHARE, VALUE_SHARE, Offload
+from hip_trt.offload.settings import KEY_SHARE, KEY_STEPS, VALUE_SHARE, VALUE_STEPS, Offload
 
 MIB = 1 << 20
 _ALIGNMENT = 4096  # of a pool within a layer's memory
@@ -115,8 +115,9 @@ class CacheSizes:
 def cache_sizes(offload: Offload, geometry: Geometry) -> CacheSizes:
     """Blocks per layer for the sizes that the user wants, or for the defaults, which hold what a step reads."""
     blocks, too_small = [], []
-    for field, share, need in zip(
-        ("key_cache", "value_cache"), (KEY_SHARE, VALUE_SHARE), geometry.step_blocks(), strict=True
+    for field, share, steps, need in zip(
+        ("key_cache", "value_cache"), (KEY_SHARE, VALUE_SHARE), (KEY_STEPS, VALUE_STEPS), geometry.step_blocks(),
+        strict=True,
     ):
         mib, wanted = getattr(offload, f"{field}_mib"), getattr(offload, field)
         if mib is not None:
@@ -124,7 +125,7 @@ def cache_sizes(offload: Offload, geometry: Geometry) -> CacheSizes:
         elif wanted is not None:
             count = wanted * 2 * geometry.pool_blocks
         else:
-            count = max(share * 2 * geometry.pool_blocks, need)
+            count = max(share * 2 * geometry.pool_blocks, min(steps * need, geometry.pool_blocks))
         # What the user asked for is not exceeded, but by what makes a whole pool fit.
         asked = mib is not None or wanted is not None
         whole = (int(count) // WAYS if asked and count < geometry.pool_blocks else math.ceil(count / WAYS)) * WAYS

@@ -84,7 +84,7 @@ __device__ __forceinline__ void openCaches(const DecodeCall& decode, const Decod
     }
 }
 
-// Count the events of this thread block's caches.
+// Count the events of this thread block's caches, which has looked up all that it will.
 __device__ __forceinline__ void report(const DecodeCall& decode, const BlockCache* caches)
 {
     if (threadIdx.x < 2 * HIP_TRT_CACHE_EVENTS)
@@ -339,6 +339,10 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
         const int64_t input = (static_cast<int64_t>(place.b) * call.shape.num_kv_heads + place.kv_head) * D;
         pools.append(new_row, static_cast<const T*>(call.key) + input, static_cast<const T*>(call.value) + input);
     }
+    if constexpr (Pools<T, D>::kOffloaded)
+    {
+        report(decode, shared.caches());
+    }
     const bool keep_chosen = searched >= 0 && !reuse && config.reuse_level == 0;
     if (place.rank == 0 && (keep_chosen || call.chosen_blocks != nullptr))
     {
@@ -374,11 +378,6 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
     else
     {
         writeOutput<T, D, 4>(decode, place, shared);
-    }
-    if constexpr (Pools<T, D>::kOffloaded)
-    {
-        __syncthreads();
-        report(decode, shared.caches());
     }
 #endif
 }
