@@ -239,7 +239,7 @@ def offload_table(results: Mapping[str, Any]) -> Table:
     return Table(
         "KV cache in host memory: the graph host's logits, and its caches",
         ["model", "bits", "host MiB", "cache MiB", "blocks of keys", "blocks of values"],
-        rows, "Decode kernels for 16-bit types use the caches; float32 reads host memory directly.",
+        rows, "Blocks are counted in decode steps.",
         {"host MiB": ".1f", "cache MiB": ".1f"},
     )
 

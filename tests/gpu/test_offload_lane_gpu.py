@@ -108,7 +108,9 @@ def test_several_captures(library: Library) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("staging", [None, 0], ids=["staged", "unstaged"])
-@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float16, 64), (torch.bfloat16, 128)], ids=str)
+@pytest.mark.parametrize(("dtype", "head_dim"), [
+    (torch.float16, 64), (torch.bfloat16, 128), (torch.float32, 64), (torch.float16, 32),
+], ids=str)
 def test_a_small_stack(
     library: Library, dtype: torch.dtype, head_dim: int, staging: int | None  # noqa: F811
 ) -> None:
