@@ -241,8 +241,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     shown = (1.0, 1.5, 2.0, 3.0)
     lines = [
         "", "## The shipped policy, at 1, 1.5, 2 and 3 times what a step reads", "",
-        "Blocks missed per step, layer and KV head (the shipped cache reads each once more, to fill), and beside it "
-        "how many times the optimum's; the last column "
+        "Blocks missed per step, layer and KV head (to fill, the shipped cache reads over the bus again only those "
+        "that had not landed on the GPU), and beside it how many times the optimum's; the last column "
         "is true LRU at twice a step's reads over the optimum. A step's reads are different blocks per layer, of all "
         "KV heads, on average.",
         "", f"| context | searched | cache | step's reads | {' | '.join(f'{m:g}x' for m in shown)} | LRU, 2x |",

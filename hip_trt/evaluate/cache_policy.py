@@ -2,7 +2,8 @@
 
 Sizes are in blocks. Where nothing else is said, a cache is fully associative and every block that is missing is placed
 at once, by the one read over the bus that serves the look-up too. The shipped cache is filled between steps: a step
-reads what it misses where it is, as often as it looks it up, and what was missed is then read once more.
+reads what it misses where it is, as often as it looks it up, and what was missed is placed from where it landed on the
+GPU; only what did not land is read over the bus again, which is not simulated.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Simulation:
     """What happened in a cache, step by step.
 
     Attributes:
-        hits, misses, fills, evictions: [steps] int64, with the meaning of :class:`CacheCounts`. Only the shipped cache
-            is filled by reads of its own.
+        hits, misses, fills, evictions: [steps] int64, with the meaning of :class:`CacheCounts`. Only of the
+            shipped cache, which is filled after the step, are fills counted; rereads are not simulated.
     """
 
     hits: NDArray[np.int64]
