@@ -1,12 +1,14 @@
 // Blocks of a pool in host memory, copied to GPU memory: looked up by the kernels of a decode step, filled between steps.
 //
-// A table has an entry for every block of the pool: the slot that holds a copy, if one does. So all lanes of a warp look up a
-// block each in one load. A block that is missing is read where it is, over the bus, left in the landing area by the warp that
-// read it, and noted; once the kernel has ended, what was noted is placed (block_cache_fill.cuh), off the critical path. Until then
-// decode kernels change neither the table nor what slots hold; all that they write down is when a slot was used.
+// A table has an entry for every block of the pool: the slot that holds a copy, if one does. So all lanes of a warp look
+// up a block each in one load. A block that is missing is read where it is, over the bus, left in the landing area by the
+// warp that read it, and noted; once the kernel has ended, what was noted is placed (block_cache_fill.cuh), off the
+// critical path. Until then kernels change neither the table nor what slots hold; all that they write down is when a slot
+// was used.
 //
-// The landing area is a ring. A ticket is a place in it, counted from the beginning: taken by the warp that misses a block, given
-// back once that has been placed. Where the ring is full, a block does not land, and is read over the bus again.
+// The landing area is a ring. A ticket is a place in it, counted from the beginning: taken by the warp that misses a
+// block, given back once that has been placed. Where the ring is full, a block does not land, and is read over the bus
+// again.
 //
 // Kernels of one layer must be ordered, as they are in one stream: what one of them reads, another may replace.
 #pragma once
@@ -77,8 +79,8 @@ struct BlockCache
     int block_log2; // rows of a block
     int row_bytes;
     unsigned events[HIP_TRT_CACHE_EVENTS];
-    // Of each warp's last look-up: until it is noted, lanes whose block is missing, and the block; then, lanes whose block is to
-    // land, and where.
+    // Of each warp's last look-up: until it is noted, lanes whose block is missing, and the block; then, lanes whose block
+    // is to land, and where.
     uint32_t landed[kWarps];
     int32_t landings[kWarps][kWarpSize];
 

@@ -46,7 +46,8 @@ __device__ __forceinline__ int replaceOldest(BlockCache& cache, uint32_t block)
         for (int choice = 0; choice < kChoices; ++choice)
         {
             const bool empty = owner[choice] >> 32 == 0;
-            const int idle = empty ? INT_MAX : static_cast<int>((cache.step - static_cast<uint32_t>(owner[choice])) & (INT_MAX >> 1));
+            const uint32_t steps = cache.step - static_cast<uint32_t>(owner[choice]);
+            const int idle = empty ? INT_MAX : static_cast<int>(steps & (INT_MAX >> 1));
             if (idle > longest)
             {
                 longest = idle;
@@ -166,7 +167,8 @@ __device__ __forceinline__ void fillCaches(const LayerCaches& work, BlockCache* 
         BlockCache& cache = caches[which];
         const int count = cache.blocks == 0 ? 0 : min(cache.missed[0], cache.blocks);
 #pragma unroll 1
-        for (int i = which == 0 ? warp : warps - 1 - warp; i < count; i += warps) // few of each: those of values for other warps
+        // Where there are few, values are for other warps than keys.
+        for (int i = which == 0 ? warp : warps - 1 - warp; i < count; i += warps)
         {
             const int2 missed = reinterpret_cast<const int2*>(cache.missed + HIP_TRT_CACHE_MISSED_HEADER)[i];
             place(cache, static_cast<uint32_t>(missed.x), missed.y);

@@ -1,5 +1,5 @@
-// A pool in host memory behind its cache, for kernels in which every lane of a warp asks for a row: those of a single-token call
-// where no cluster computes it. They note what is missing, and leave nothing in the landing area.
+// A pool in host memory behind its cache, for kernels in which every lane of a warp asks for a row: those of a single-token
+// call where no cluster computes it. They note what is missing, and leave nothing in the landing area.
 #pragma once
 
 #include "block_cache.cuh"
@@ -44,8 +44,9 @@ struct CachedRows
     {
     }
 
-    // Where the row of the pool is that this lane gives, in bytes from the pool: there, or in the copy of its block. A negative
-    // row is none. Blocks are counted once where lanes that follow one another ask for rows of the same. For all lanes of a warp.
+    // Where the row of the pool is that this lane gives, in bytes from the pool: there, or in the copy of its block. A
+    // negative row is none. Blocks are counted once where lanes that follow one another ask for rows of the same. For all
+    // lanes of a warp.
     __device__ __forceinline__ int64_t offset(int64_t row) const
     {
         const int lane = threadIdx.x % kWarpSize;

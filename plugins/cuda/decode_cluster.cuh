@@ -104,8 +104,9 @@ DecodeKernel findOffloadedDecodeKernel(int head_dim, int heads_per_mask);
 bool decodeClusterSupports(const Call& call);
 
 // Launch it, cache update included, with 2^cluster_log2 thread blocks per sequence and mask head; by default as many as
-// the device holds at once. `offload`: what is attached to the pools, or nullptr. `fill`: what to fill beside it, of another layer.
-cudaError_t launchDecodeCluster(const Call& call, const HipTrtOffload* offload, const LayerCaches& fill, cudaStream_t stream,
-    int cluster_log2 = -1);
+// the device holds at once. `offload`: what is attached to the pools, or nullptr. `fill`: what to fill beside it, of another
+// layer.
+cudaError_t launchDecodeCluster(const Call& call, const HipTrtOffload* offload, const LayerCaches& fill,
+    cudaStream_t stream, int cluster_log2 = -1);
 
 } // namespace hip_trt

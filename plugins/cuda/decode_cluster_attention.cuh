@@ -69,14 +69,15 @@ struct WarpAttention
         }
     }
 
-    // Add 16 keys: half 0 is tokens token[0] + 0 .. 7, half 1 tokens token[1] + 0 .. 7, whose rows `tile` of `pools` has; `looked_up`: the
-    // first since they were.
+    // Add 16 keys: half 0 is tokens token[0] + 0 .. 7, half 1 tokens token[1] + 0 .. 7, whose rows `tile` of `pools` has;
+    // `looked_up`: the first tile since they were.
     // At least one is at or before `newest`. The newest token's row may not be in the pool yet, and rows after it are
     // undefined: it is read, from the call's input, in place of all of these, and their weights are 0. Keys go straight
     // to registers; values, which registers have no room for meanwhile, wait in `staged`, the warp's own.
     template <typename Pools>
     __device__ __forceinline__ void add(const QueryOperand<T, D, HeadTiles>& query, const int (&token)[2],
-        const Pools& pools, const typename Pools::Tile& tile, bool looked_up, int newest, const T* new_key, const T* new_value, float scale_log2e, T* staged)
+        const Pools& pools, const typename Pools::Tile& tile, bool looked_up, int newest, const T* new_key,
+        const T* new_value, float scale_log2e, T* staged)
     {
         using Tile = StagedTile<T, D>;
         const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;

@@ -5,14 +5,15 @@
  * only: results are the same bits with caches of any size, and with none, as for pools in GPU memory.
  *
  *   decode  (S = 1) Key blocks that are scored or attended, and value blocks that are attended, are looked up in the caches.
- *           A block that is missing is read over the bus by the warp that needs it, left in the landing area, and noted. What was
- *           noted is copied to the caches later: beside the next layer's step, by thread blocks of its kernel.
+ *           A block that is missing is read over the bus by the warp that needs it, left in the landing area, and noted.
+ *           What was noted is copied to the caches later: beside the next layer's step, by thread blocks of its kernel.
  *   prefill (S > 1) The call attends from the staging area, GPU memory for one layer that all layers can share: committed
  *           pages are copied there, new rows are written there, and from there to the pools.
  *
  * The way from the staging area to the pools needs nothing but the bus: given a lane, it runs beside the layers that follow.
  *
- * Calls on the same pools must be ordered, as they are in one stream: each uses and changes the caches.
+ * Calls on the same pools must be ordered, as they are in one stream: each uses and changes the caches. So must those of
+ * layers that fill for one another.
  *
  * All memory belongs to the caller. Attaching is thread-safe; kernels keep what was attached when they were launched or
  * captured, so memory must stay until those have run.
