@@ -161,6 +161,14 @@ def test_generator(oracle: OracleExecutor, host: FakeHost) -> None:
     del abandoned
     gc.collect()
     assert host.held == 0
+    for steps in (0, 2, 6):
+        stopped = offloaded.stream(PROMPTS, max_new_tokens=6)
+        for _ in range(steps):
+            next(stopped)
+        assert host.held == 2
+        stopped.close()
+        assert host.held == 0
+        assert list(stopped) == []
 
 
 def test_failure_gives_memory_back(oracle: OracleExecutor, host: FakeHost) -> None:

@@ -4,9 +4,12 @@ Triton's Python backend."""
 from __future__ import annotations
 
 import errno
+import gc
 import importlib.util
+import inspect
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,15 +19,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+from emulated import compiler
 from google.protobuf import json_format, text_format
+from offload_host import FakeHost
+from oracle import OracleExecutor
+from test_offload_runtime import host, library, make, oracle  # noqa: F401  (fixtures)
 from tiny_export import byte_tokenizer, export_tiny
 from tiny_graph import tiny_spec
 from tiny_plan import write_plan
 from typer.testing import CliRunner, Result
 
 import hip_trt
-from hip_trt import library
+from hip_trt import library as libraries
 from hip_trt.cli.app import app
+from hip_trt.cli.run import run as run_command
+from hip_trt.cli.serve_repo import serve_repo
+from hip_trt.offload import Offload
+from hip_trt.offload.settings import KEY_SHARE, VALUE_SHARE
+from hip_trt.runtime import Generator
+from hip_trt.runtime.tensorrt import TensorRTExecutor
 from hip_trt.serve_repo import repository as repository_module
 from hip_trt.serve_repo import write_repository
 from hip_trt.sidecar import TensorRecord
@@ -40,8 +53,8 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A plan of ``tensorrt``, and a plugin library of its version."""
     plugin = tmp_path / "libhip_trt_plugin.so"
     plugin.write_bytes(b"library")
-    monkeypatch.setattr(library, "plugin_path", lambda: plugin)
-    monkeypatch.setattr(library, "version", lambda: "0.1.0")
+    monkeypatch.setattr(libraries, "plugin_path", lambda: plugin)
+    monkeypatch.setattr(libraries, "version", lambda: "0.1.0")
     folder = tmp_path / "plan"
     folder.mkdir()
     byte_tokenizer().save_pretrained(folder)
@@ -182,7 +195,7 @@ def test_bad_requests(onnx_path: Path, plan: Path, tmp_path: Path, monkeypatch: 
     bare = shutil.copytree(onnx_path.parent, tmp_path / "bare")
     (bare / "tokenizer_config.json").unlink()
     assert refused(run(bare / "model.onnx", "--out", out), "there is no tokenizer beside the model")
-    monkeypatch.setattr(library, "version", lambda: "0.2.0")
+    monkeypatch.setattr(libraries, "version", lambda: "0.2.0")
     assert refused(run(plan, "--out", out), "built with plugin version 0.1.0; here is 0.2.0")
     plan.write_bytes(b"plaN")
     assert refused(run(plan, "--out", out), "damaged")
@@ -211,43 +224,75 @@ class Sender:
 
 
 Ask = Callable[..., Sender]
+Load = Callable[[Path, dict[str, str]], Ask]
+
+
+class TritonModelException(Exception):
+    pass
+
+
+class Backend(ModuleType):
+    """Triton's triton_python_backend_utils, as far as model.py uses it."""
+
+    TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
+    TritonModelException, TritonError = TritonModelException, str
+
+    def __init__(self) -> None:
+        super().__init__("triton_python_backend_utils")
+        self.log: list[str] = []
+        self.Logger = SimpleNamespace(log_verbose=self.log.append)
+
+    @staticmethod
+    def Tensor(name: str, values: Any) -> SimpleNamespace:
+        return SimpleNamespace(name=name, values=values, as_numpy=lambda: values)
+
+    @staticmethod
+    def InferenceResponse(output_tensors: Any = (), error: str | None = None) -> SimpleNamespace:
+        return SimpleNamespace(output_tensors=output_tensors, error=error)
+
+    @staticmethod
+    def get_input_tensor_by_name(request: Any, name: str) -> Any:
+        return request.inputs.get(name)
 
 
 @pytest.fixture
-def ask(onnx_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
-    """Sends a request to the repository's model.py as Triton's Python backend does."""
+def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
+    backend = Backend()
+    monkeypatch.setitem(sys.modules, backend.__name__, backend)
+    return backend
 
-    class TritonModelException(Exception):
-        pass
 
-    def tensor(name: str, values: Any) -> SimpleNamespace:
-        return SimpleNamespace(name=name, values=values, as_numpy=lambda: values)
-
-    backend: Any = ModuleType("triton_python_backend_utils")
-    backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
-    backend.TritonModelException, backend.TritonError, backend.Tensor = TritonModelException, str, tensor
-    backend.InferenceResponse = lambda output_tensors=(), error=None: SimpleNamespace(
-        output_tensors=output_tensors, error=error
-    )
-    backend.get_input_tensor_by_name = lambda request, name: request.inputs.get(name)
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
-    folder = write_repository(onnx_path, tmp_path, name="demo").text
-    model = load_module("model", folder / "1" / "model.py").TritonPythonModel()
-    model.initialize({
-        "model_config": json.dumps({"parameters": {"model": {"string_value": "model.onnx"}}}),
-        "model_repository": str(folder), "model_version": "1",
-    })
+@pytest.fixture
+def load(backend: Backend) -> Load:
+    """Initializes the model.py of a folder with parameters, as Triton's Python backend does, and sends requests."""
     types = {"text_input": np.object_, "stream": np.bool_, "raw": np.bool_, "max_tokens": np.int32, "seed": np.int64}
 
-    def send(patience: int = 1000, **inputs: Any) -> Sender:
-        inputs["text_input"] = inputs["text_input"].encode()
-        sender = Sender(patience)
-        tensors = {name: tensor(name, np.array([value], types.get(name, np.float32))) for name, value in inputs.items()}
-        assert model.execute([SimpleNamespace(inputs=tensors, get_response_sender=lambda: sender)]) is None
-        assert sender.finals == 1
-        return sender
+    def initialize(folder: Path, parameters: dict[str, str]) -> Ask:
+        model = load_module("model", folder / "1" / "model.py").TritonPythonModel()
+        given = {key: {"string_value": value} for key, value in parameters.items()}
+        model.initialize({
+            "model_config": json.dumps({"parameters": given}), "model_repository": str(folder), "model_version": "1",
+        })
 
-    return send
+        def send(patience: int = 1000, **inputs: Any) -> Sender:
+            inputs["text_input"] = inputs["text_input"].encode()
+            sender = Sender(patience)
+            tensors = {
+                name: backend.Tensor(name, np.array([value], types.get(name, np.float32)))
+                for name, value in inputs.items()
+            }
+            assert model.execute([SimpleNamespace(inputs=tensors, get_response_sender=lambda: sender)]) is None
+            assert sender.finals == 1
+            return sender
+
+        return send
+
+    return initialize
+
+
+@pytest.fixture
+def ask(onnx_path: Path, tmp_path: Path, load: Load) -> Ask:
+    return load(write_repository(onnx_path, tmp_path, name="demo").text, {"model": "model.onnx"})
 
 
 def test_model_answers_as_the_runtime_does(ask: Ask, onnx_path: Path) -> None:
@@ -274,3 +319,177 @@ def test_model_answers_errors(ask: Ask) -> None:
         "RuntimeInputError: max_new_tokens: 0 is not allowed. It must be at least 1."
     ]
     assert "the KV cache holds" in ask(text_input="x" * 2000).errors[0]
+
+
+# The KV cache in host memory
+
+
+def parameters(folder: Path) -> dict[str, str]:
+    """Of config.pbtxt, as :func:`read_config` finds them, but for what hip-trt writes alone."""
+    text = (folder / "config.pbtxt").read_text(encoding="utf-8")
+    line = r'^parameters \{ key: "([^"]+)" value \{ string_value: "([^"]+)" \} \}$'
+    return dict(re.findall(line, text, re.MULTILINE))
+
+
+def test_options_of_offload_are_those_of_run() -> None:
+    ours, of_run = (inspect.signature(command, eval_str=True).parameters for command in (serve_repo, run_command))
+    for name in ("offload", "key_cache_mib", "value_cache_mib", "cache_share"):
+        assert ours[name] == of_run[name]
+    for name, share in (("key_cache_mib", KEY_SHARE), ("value_cache_mib", VALUE_SHARE)):
+        assert f"at least {share:.1%} of the full cache" in ours[name].annotation.__metadata__[0].show_default
+
+
+@pytest.mark.parametrize(("arguments", "fields"), [
+    ([], None),
+    (["--offload"], {}),
+    (["--offload", "--key-cache-mib", 800, "--value-cache-mib", 0.5], {"key_cache_mib": 800, "value_cache_mib": 0.5}),
+    (["--offload", "--value-cache-mib", 0], {"value_cache_mib": 0}),
+    (["--offload", "--cache-share", 0.5], Offload.of_share(0.5).model_dump(include={"key_cache", "value_cache"})),
+], ids=["none", "defaults", "mib", "nothing", "share"])
+def test_offload_is_written(
+    plan: Path, tmp_path: Path, arguments: list[Any], fields: dict[str, float] | None
+) -> None:
+    result = run(plan, "--out", tmp_path / "triton", *arguments)
+    assert result.exit_code == 0, result.output
+    written = parameters(tmp_path / "triton" / "tiny")
+    config = read_config(tmp_path / "triton" / "tiny")
+    assert config["parameters"] == {key: {"string_value": value} for key, value in written.items()}
+    assert (written.pop("model"), written.pop("offload", None)) == ("engine.plan", None if fields is None else "true")
+    assert {key: float(value) for key, value in written.items()} == {
+        f"offload.{name}": value for name, value in (fields or {}).items()
+    }
+    assert "offload" not in (tmp_path / "triton" / "tiny-engine" / "config.pbtxt").read_text()
+
+
+def test_offload_that_is_refused_when_written(plan: Path, onnx_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "triton"
+    for arguments, option in (
+        (["--key-cache-mib", 1], "--key-cache-mib"), (["--cache-share", 0.1], "--cache-share"),
+        (["--offload", "--cache-share", 0.1, "--value-cache-mib", 1], "--cache-share"),
+    ):
+        result = run(plan, "--out", out, *arguments)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert f"Invalid value for {option}" in result.stderr
+    for arguments, message in (
+        (["--cache-share", 2], "cache_share: 2.0 is not allowed; it must be from 0 to 1"),
+        (["--key-cache-mib", -1], "key_cache_mib: -1.0 is not allowed; it must be greater than or equal to 0"),
+    ):
+        assert refused(run(plan, "--out", out, "--offload", *arguments), message)
+    result = run(onnx_path, "--out", out, "--offload")
+    assert refused(result, "model.onnx: ONNX Runtime runs it on the CPU, where the KV cache is in host memory already")
+    ran = CliRunner().invoke(app, ["run", str(onnx_path), "-p", "x", "--offload"])
+    assert ran.stderr.splitlines()[-1] == result.stderr.rstrip("\n")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("offload", [
+    None, Offload(), Offload(key_cache=0.1, value_cache=1 / 3), Offload(key_cache_mib=800, value_cache_mib=0),
+    Offload(key_cache=0.25, value_cache_mib=2.5, staging_tokens=4096, release_staging=False),
+], ids=str)
+def test_server_loads_what_was_written(
+    plan: Path, tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch, offload: Offload | None
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(hip_trt, "load", lambda *arguments, **options: seen.append((arguments, options)), raising=False)
+    folder = write_repository(plan, tmp_path / "triton", offload=offload).text
+    load(folder, parameters(folder))
+    assert seen == [((folder / "1" / "engine.plan",), {"offload": offload})]
+    load(folder, {**parameters(folder), "offload": "false"})
+    assert seen[1][1] == {"offload": None}
+
+
+def edited(switch: str | None, fields: dict[str, str]) -> dict[str, str]:
+    sizes = {f"offload.{name}": value for name, value in fields.items()}
+    return sizes if switch is None else {"offload": switch, **sizes}
+
+
+@pytest.mark.parametrize(("switch", "fields", "message"), [
+    ("yes", {}, "parameter offload: 'yes' is not allowed; it must be true or false."),
+    ("", {}, "parameter offload: '' is not allowed"),
+    ("true", {"key_cache_mib": "many"}, "key_cache_mib: 'many' is not allowed; it must be a valid number"),
+    ("true", {"key_cache_mib": "-1"}, "key_cache_mib: '-1' is not allowed; it must be greater than or equal to 0"),
+    ("true", {"value_cache": "1.5"}, "value_cache: '1.5' is not allowed; it must be less than or equal to 1"),
+    ("false", {"value_cache": "1.5"}, "value_cache: '1.5' is not allowed"),
+    ("true", {"staging_tokens": "1.5"}, "staging_tokens: '1.5' is not allowed; it must be a valid integer"),
+    ("true", {"key_cahce": "0.1"}, "key_cahce: no such field; the fields are key_cache, value_cache, key_cache_mib"),
+    ("true", {"key_cache": "0.1", "key_cache_mib": "1"}, "key_cache: give either a share or MiB, not both"),
+    (None, {"key_cache_mib": "1"}, "parameter offload.key_cache_mib: there is no cache to size without the parameter"),
+])
+def test_edited_config_is_refused_when_loaded(
+    plan: Path, tmp_path: Path, load: Load, switch: str | None, fields: dict[str, str], message: str
+) -> None:
+    """Before the plan is looked at, which would need a GPU."""
+    folder = write_repository(plan, tmp_path / "triton").text
+    with pytest.raises(TritonModelException) as caught:
+        load(folder, {"model": "engine.plan", **edited(switch, fields)})
+    assert message in str(caught.value)
+    assert str(caught.value).endswith(" Correct it in config.pbtxt, or write the model again with hip-trt serve-repo.")
+    assert "\n" not in str(caught.value)
+
+
+def test_config_of_an_onnx_that_was_edited(onnx_path: Path, tmp_path: Path, load: Load) -> None:
+    folder = write_repository(onnx_path, tmp_path, name="demo").text
+    with pytest.raises(TritonModelException, match=r"model\.onnx: ONNX Runtime runs it on the CPU"):
+        load(folder, {"model": "model.onnx", "offload": "true"})
+
+
+@pytest.fixture
+def executor(oracle: OracleExecutor, host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: F811
+    """What runs the plan, on an emulated GPU."""
+    if compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    executor = make(oracle)[0]
+    monkeypatch.setattr(TensorRTExecutor, "load", lambda path: executor)
+    return executor
+
+
+@pytest.fixture
+def offloaded(plan: Path, tmp_path: Path, load: Load, executor: Any) -> Ask:
+    folder = write_repository(plan, tmp_path / "triton", offload=Offload(key_cache=0.3, value_cache=0.25)).text
+    return load(folder, parameters(folder))
+
+
+TEXT = "the quick brown fox jumps over the lazy dog"
+
+
+def test_model_answers_from_host_memory(
+    offloaded: Ask, plan: Path, executor: Any, backend: Backend, host: FakeHost, load: Load  # noqa: F811
+) -> None:
+    (expected,) = Generator(executor, byte_tokenizer()).generate([TEXT], max_new_tokens=6)
+    assert (host.most_held, backend.log) == (0, [])
+    assert offloaded(text_input=TEXT, raw=True, max_tokens=6).texts == [expected.text]
+    assert "".join(offloaded(text_input=TEXT, raw=True, max_tokens=6, stream=True).texts) == expected.text
+    assert (host.held, host.most_held) == (0, 2)  # a pool for each layer
+    assert len(backend.log) == 2
+    for line in backend.log:
+        stats = json.loads(line.removeprefix("hip-trt offload: "))
+        assert (stats["tokens"], stats["prefill"]["tokens"]) == (5, len(TEXT))
+        assert stats["keys"]["misses"] > 0
+        assert "layers" not in stats
+
+
+def test_client_that_is_gone_holds_no_host_memory(
+    offloaded: Ask, backend: Backend, host: FakeHost  # noqa: F811
+) -> None:
+    gc.disable()
+    try:
+        assert len(offloaded(text_input=TEXT, raw=True, max_tokens=9, stream=True, patience=2).texts) == 2
+        assert (host.held, host.most_held) == (0, 2)
+    finally:
+        gc.enable()
+    assert 2 <= json.loads(backend.log[0].removeprefix("hip-trt offload: "))["tokens"] < 8
+
+
+def test_model_survives_a_request_that_fails(
+    offloaded: Ask, backend: Backend, executor: Any, host: FakeHost, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    host.refuse = 1
+    (error,) = offloaded(text_input=TEXT, raw=True, max_tokens=4).errors
+    assert "EnvironmentProblem: offload: CUDA does not lock" in error
+    host.refuse = None
+    monkeypatch.setattr(executor._engine, "broken", True)
+    (error,) = offloaded(text_input=TEXT, raw=True, max_tokens=4).errors
+    assert "no memory" in error
+    assert (host.held, backend.log) == (0, [])
+    monkeypatch.setattr(executor._engine, "broken", False)
+    assert offloaded(text_input=TEXT, raw=True, max_tokens=4).texts

@@ -1,4 +1,4 @@
-"""``hip-trt run --offload``: its options as an Offload, and what it did as a table, JSON and a plot."""
+"""What ``hip-trt run --offload`` did, as a table, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from hip_trt.errors import RuntimeInputError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hip_trt.offload import CacheCounts, Offload, OffloadStats
+    from hip_trt.offload import CacheCounts, OffloadStats
 
 _MIB = 1 << 20
 
@@ -55,30 +53,6 @@ class Report:
                 raise RuntimeInputError(f"{self.json}: cannot be written: {error.strerror}.") from None
         if self.plot is not None:
             stats.plot(self.plot)
-
-
-def offload_of(
-    offload: bool, *, key_cache_mib: float | None, value_cache_mib: float | None, cache_share: float | None
-) -> Offload | None:
-    """What the options ask for; None without --offload.
-
-    Raises:
-        BadParameter: options that do not go together.
-        ConfigError: a value is not allowed.
-    """
-    sizes = {"--key-cache-mib": key_cache_mib, "--value-cache-mib": value_cache_mib, "--cache-share": cache_share}
-    given = [name for name, value in sizes.items() if value is not None]
-    if not offload:
-        if given:
-            raise typer.BadParameter("there is no cache to size without --offload", param_hint=given[0])
-        return None
-    if cache_share is not None and len(given) > 1:
-        raise typer.BadParameter("give either a share or MiB, not both", param_hint="--cache-share")
-    from hip_trt.offload import Offload
-
-    if cache_share is not None:
-        return Offload.of_share(cache_share)
-    return Offload.create(key_cache_mib=key_cache_mib, value_cache_mib=value_cache_mib)
 
 
 def table(stats: OffloadStats) -> Table:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hip_trt.cli.console import Verbose, set_verbose
-from hip_trt.cli.offload_report import Report, offload_of
+from hip_trt.cli.offload_options import PANEL, CacheShare, KeyCacheMib, Switch, ValueCacheMib, offload_of
+from hip_trt.cli.offload_report import Report
 from hip_trt.errors import RuntimeInputError
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from hip_trt.runtime import Chat, Generator, Stats
 
 _SAMPLING = "Sampling (by default as the model's generation_config.json says, else greedy)"
-_OFFLOAD = "KV cache in host memory (docs/offload.md; results are the same bits)"
 _INTERACTIVE_SEQ_LEN = 8192
 _BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 _INTERRUPTED = 130
@@ -84,36 +84,21 @@ def run(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.", rich_help_panel=_SAMPLING)]
     = None,
-    offload: Annotated[
-        bool, typer.Option("--offload", help="Keep the KV cache in host memory, and on the GPU only what decode steps "
-                           "touch often: for contexts larger than GPU memory. The same plan serves both.",
-                           rich_help_panel=_OFFLOAD)
-    ] = False,
-    key_cache_mib: Annotated[
-        float | None, typer.Option("--key-cache-mib", help="GPU memory for hot keys, which the mask search reads most, "
-                                   "all layers together.", rich_help_panel=_OFFLOAD,
-                                   show_default="what a step reads, at least 4.2% of the full cache")
-    ] = None,
-    value_cache_mib: Annotated[
-        float | None, typer.Option("--value-cache-mib", help="GPU memory for hot values, which attention reads, all "
-                                   "layers together.", rich_help_panel=_OFFLOAD,
-                                   show_default="what a step reads, at least 0.7% of the full cache")
-    ] = None,
-    cache_share: Annotated[
-        float | None, typer.Option("--cache-share", help="Both together, as a share of the full cache, such as 0.05.",
-                                   rich_help_panel=_OFFLOAD)
-    ] = None,
+    offload: Switch = False,
+    key_cache_mib: KeyCacheMib = None,
+    value_cache_mib: ValueCacheMib = None,
+    cache_share: CacheShare = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="Print speeds and counts on standard error; with --offload also a table of "
                            "hit ratios, bytes over the bus, GPU and host bytes.")
     ] = False,
     stats_json: Annotated[
         Path | None, typer.Option("--stats-json", metavar="FILE.json", help="Write the statistics of --offload, layer "
-                                  "by layer.", rich_help_panel=_OFFLOAD)
+                                  "by layer.", rich_help_panel=PANEL)
     ] = None,
     stats_plot: Annotated[
         Path | None, typer.Option("--stats-plot", metavar="FILE.png", help="Plot hit ratios and bytes over the bus by "
-                                  "layer; needs matplotlib.", rich_help_panel=_OFFLOAD)
+                                  "layer; needs matplotlib.", rich_help_panel=PANEL)
     ] = None,
     verbose: Verbose = False,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hip_trt.cli.console import Verbose, out, set_verbose
+from hip_trt.cli.offload_options import CacheShare, KeyCacheMib, Switch, ValueCacheMib, offload_of
 
 _EPILOG = """
 Examples:
@@ -15,6 +16,8 @@ Examples:
   hip-trt serve-repo build/engine.plan --out build/triton
 
   hip-trt serve-repo build/model.onnx --out build/triton --name demo --force
+
+  hip-trt serve-repo build/engine.plan --out build/triton --offload --cache-share 0.1
 """
 
 
@@ -35,18 +38,25 @@ def serve_repo(
         int, typer.Option("--instances", help="Copies of the model that answer at once, each with its own weights.")
     ] = 1,
     force: Annotated[bool, typer.Option("--force", help="Replace a model of that name.")] = False,
+    offload: Switch = False,
+    key_cache_mib: KeyCacheMib = None,
+    value_cache_mib: ValueCacheMib = None,
+    cache_share: CacheShare = None,
     verbose: Verbose = False,
 ) -> None:
     """Write a model repository for Triton Inference Server: text in, text out, tokenizer included.
 
     Triton's Python backend runs the model with hip-trt's runtime. A plan of `tensorrt` is also given to Triton's
     TensorRT backend as it is, with the plugin library, for clients that keep the KV cache themselves. Writing needs no
-    GPU and no Triton.
+    GPU and no Triton. --offload and its sizes become parameters in config.pbtxt, where they can be changed.
     """
     from hip_trt.serve_repo import write_repository
 
     set_verbose(verbose)
-    repository = write_repository(model, to, name=name, instances=instances, force=force)
+    sizes = offload_of(
+        offload, key_cache_mib=key_cache_mib, value_cache_mib=value_cache_mib, cache_share=cache_share
+    )
+    repository = write_repository(model, to, name=name, instances=instances, offload=sizes, force=force)
     console = out()
     bare = f"{repository.engine}: the bare engine" if repository.engine else f"No bare engine: {repository.no_engine}"
     for line in (

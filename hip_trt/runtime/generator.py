@@ -137,7 +137,13 @@ class Stream(Iterator[Step]):
         offloaded = self._session.state.offloaded
         return self._offload_stats if offloaded is None or offloaded.closed else offloaded.stats()
 
-    def _run(self) -> Iterator[Step]:
+    def close(self) -> None:
+        """Stop here, and give back now what would else go with the iterator; nothing happens after the last step."""
+        self._steps.close()
+        if self._owns_session:
+            self._session.close()  # where no step was asked for, too
+
+    def _run(self) -> PyGenerator[Step, None, None]:
         try:
             yield from self._generate()
             if self._owns_session:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -48,10 +48,7 @@ def load(
     executor: Executor
     if path.suffix == ".onnx":
         if offload:
-            raise RuntimeInputError(
-                f"{path}: ONNX Runtime runs it on the CPU, where the KV cache is in host memory already.",
-                "Leave offload out (--offload), or run an engine plan on a GPU.",
-            )
+            refuse_offload(path)
         from hip_trt.runtime.onnxruntime import OrtExecutor
 
         executor = OrtExecutor(path, threads=threads)
@@ -65,6 +62,18 @@ def load(
         executor, load_tokenizer(path.parent if tokenizer is None else tokenizer, required=tokenizer is not None),
         load_generation_config(path.parent), max_seq_len=max_seq_len, prefill_chunk=prefill_chunk,
         refresh_interval=refresh_interval, offload=offload,
+    )
+
+
+def refuse_offload(path: Path) -> NoReturn:
+    """Say why a .onnx has nothing to offload.
+
+    Raises:
+        RuntimeInputError: always.
+    """
+    raise RuntimeInputError(
+        f"{path}: ONNX Runtime runs it on the CPU, where the KV cache is in host memory already.",
+        "Leave offload out (--offload), or run an engine plan on a GPU.",
     )
 
 

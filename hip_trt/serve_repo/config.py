@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from hip_trt.errors import ConfigError
+from hip_trt.offload import Offload
 from hip_trt.sidecar import Sidecar, TensorRecord
 
 _TYPES = {
@@ -15,9 +17,15 @@ _OPTIONS = (
     ("stream", "TYPE_BOOL"), ("raw", "TYPE_BOOL"), ("max_tokens", "TYPE_INT32"), ("temperature", "TYPE_FP32"),
     ("top_p", "TYPE_FP32"), ("seed", "TYPE_INT64"),
 )
+_OFFLOAD = "offload"
+_OFFLOAD_FIELD = "offload."
+_OFFLOAD_NOTE = """\
+# The KV cache is in host memory (docs/offload.md), or on the GPU where "offload" is "false". "offload.FIELD" sets a
+# field of hip_trt.offload.Offload: key_cache_mib and value_cache_mib, or key_cache and value_cache, which are shares.
+"""
 
 
-def text_config(name: str, model: str, *, gpu: bool, instances: int) -> str:
+def text_config(name: str, model: str, *, gpu: bool, instances: int, offload: Offload | None = None) -> str:
     """The model that takes text and gives text, through Triton's Python backend.
 
     Args:
@@ -25,10 +33,13 @@ def text_config(name: str, model: str, *, gpu: bool, instances: int) -> str:
         model: file name of the plan or .onnx beside model.py.
         gpu: whether it runs on a GPU, the first.
         instances: copies of the model that answer at once.
+        offload: keep KV caches in host memory; :func:`read_offload` finds it again.
     """
     inputs = [_tensor("text_input", "TYPE_STRING", [1])]
     inputs += [_tensor(option, kind, [1], optional=True) for option, kind in _OPTIONS]
     where = "kind: KIND_GPU gpus: [ 0 ]" if gpu else "kind: KIND_CPU"
+    parameters = {"model": model, **_offload_parameters(offload)}
+    note = "" if offload is None else _OFFLOAD_NOTE
     return f"""\
 # Text in, text out: model.py runs {model} with hip-trt's runtime, which keeps the KV cache.
 # With "stream" there is a response for each piece of text, else one with all of it.
@@ -39,8 +50,50 @@ model_transaction_policy {{ decoupled: true }}
 input {_list(inputs)}
 output {_list([_tensor("text_output", "TYPE_STRING", [1])])}
 instance_group [ {{ count: {instances} {where} }} ]
-parameters {{ key: "model" value {{ string_value: {_quote(model)} }} }}
-"""
+{note}{"".join(_parameter(key, value) for key, value in parameters.items())}"""
+
+
+def read_offload(parameters: Mapping[str, str]) -> Offload | None:
+    """What a config.pbtxt says about offload, which may have been edited since it was written.
+
+    Args:
+        parameters: the text model's, by their keys. ``offload`` is true or false, ``offload.FIELD`` a field of
+            :class:`Offload`; others are not looked at.
+
+    Returns:
+        How to keep KV caches in host memory; None: on the GPU.
+
+    Raises:
+        ConfigError: a parameter is not allowed.
+    """
+    remedy = "Correct it in config.pbtxt, or write the model again with hip-trt serve-repo."
+    switch = parameters.get(_OFFLOAD)
+    fields = {
+        key.removeprefix(_OFFLOAD_FIELD): value for key, value in parameters.items() if key.startswith(_OFFLOAD_FIELD)
+    }
+    if switch not in (None, "true", "false"):
+        raise ConfigError(f"parameter {_OFFLOAD}: {switch!r} is not allowed; it must be true or false.", remedy)
+    if fields and switch is None:
+        raise ConfigError(
+            f"parameter {_OFFLOAD_FIELD}{next(iter(fields))}: there is no cache to size without the parameter "
+            f"{_OFFLOAD}.", remedy
+        )
+    try:
+        offload = Offload.create(**fields)
+    except ConfigError as error:
+        raise ConfigError(f"parameters {_OFFLOAD_FIELD}*: {error}.", remedy) from None
+    return offload if switch == "true" else None
+
+
+def _offload_parameters(offload: Offload | None) -> dict[str, str]:
+    if offload is None:
+        return {}
+    fields = offload.model_dump(exclude_defaults=True)
+    return {_OFFLOAD: "true", **{f"{_OFFLOAD_FIELD}{name}": json.dumps(value) for name, value in fields.items()}}
+
+
+def _parameter(key: str, value: str) -> str:
+    return f"parameters {{ key: {_quote(key)} value {{ string_value: {_quote(value)} }} }}\n"
 
 
 def engine_config(name: str, sidecar: Sidecar, library: str) -> str:

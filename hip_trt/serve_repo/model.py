@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
 import hip_trt
 from hip_trt.errors import HipTrtError
+from hip_trt.offload import OffloadStats
+from hip_trt.serve_repo.config import read_offload
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -25,11 +28,12 @@ class TritonPythonModel:
     """What Triton's Python backend calls; inputs and outputs are those of config.pbtxt."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the model that stands beside this file."""
-        parameters = json.loads(args["model_config"])["parameters"]
+        """Load the model that stands beside this file, as the parameters of config.pbtxt say."""
+        given = json.loads(args["model_config"])["parameters"]
+        parameters = {key: value.get("string_value", "") for key, value in given.items()}
         folder = Path(args["model_repository"], args["model_version"])
         try:
-            self._generator = hip_trt.load(folder / parameters["model"]["string_value"])
+            self._generator = hip_trt.load(folder / parameters["model"], offload=read_offload(parameters))
         except HipTrtError as error:
             raise pb_utils.TritonModelException(str(error)) from None
 
@@ -56,11 +60,13 @@ class TritonPythonModel:
         steps = generator.stream(
             [prompt], max_new_tokens=_input(request, "max_tokens"), seed=_input(request, "seed"), **options
         )
-        for step in steps:
-            if sender.is_cancelled():
-                return
-            if step.texts[0]:
-                yield step.texts[0]
+        with closing(steps):  # host memory of an answer that is broken off is given back before the next begins
+            for step in steps:
+                if sender.is_cancelled():
+                    break
+                if step.texts[0]:
+                    yield step.texts[0]
+            _log(steps.offload_stats)
 
 
 def _input(request: Any, name: str) -> Any:
@@ -72,3 +78,10 @@ def _input(request: Any, name: str) -> Any:
 def _response(text: str) -> Any:
     tensor = pb_utils.Tensor("text_output", np.array([text.encode()], dtype=np.object_))
     return pb_utils.InferenceResponse(output_tensors=[tensor])
+
+
+def _log(stats: OffloadStats | None) -> None:
+    """Say in Triton's verbose log what the caches did for an answer; one line, without the single layers."""
+    if stats is not None:
+        totals = {key: value for key, value in stats.to_json().items() if key != "layers"}
+        pb_utils.Logger.log_verbose(f"hip-trt offload: {json.dumps(totals)}")

@@ -12,7 +12,9 @@ from pathlib import Path
 from hip_trt import library
 from hip_trt.errors import ExportError, RuntimeInputError
 from hip_trt.files import require_space, staging
+from hip_trt.offload import Offload
 from hip_trt.onnx_file import read_onnx
+from hip_trt.runtime.loading import refuse_offload
 from hip_trt.serve_repo.config import engine_config, text_config
 from hip_trt.sidecar import Sidecar, sidecar_path, verify_plan
 
@@ -36,7 +38,8 @@ class Repository:
 
 
 def write_repository(
-    model: str | Path, repository: str | Path, *, name: str | None = None, instances: int = 1, force: bool = False
+    model: str | Path, repository: str | Path, *, name: str | None = None, instances: int = 1,
+    offload: Offload | None = None, force: bool = False,
 ) -> Repository:
     """Write a model repository for Triton Inference Server, or add to one.
 
@@ -49,19 +52,23 @@ def write_repository(
         repository: folder of the repository, created if need be.
         name: the model's name in Triton; by default the checkpoint's.
         instances: copies of the model that answer at once.
+        offload: keep KV caches in host memory, served by so much of the GPU's; None: on the GPU. It stands in
+            config.pbtxt, where it can be changed. A client of the bare engine has the caches where it likes.
         force: replace models of these names.
 
     Raises:
         EngineError: the model or its weights are missing or damaged.
         PluginError: the plan was built with another plugin version, or the library is missing.
         ExportError: a name is not allowed or taken, the tokenizer is missing, or the disk is full.
-        RuntimeInputError: ``instances`` is not positive.
+        RuntimeInputError: ``instances`` is not positive, or ``offload`` is given for a .onnx.
     """
     model, repository = Path(model), Path(repository)
     if instances < 1:
         raise RuntimeInputError(f"instances: {instances} is not allowed.", "It must be at least 1.")
     sidecar: Sidecar | None = None
     if model.suffix == ".onnx":
+        if offload:
+            refuse_offload(model)
         source = read_onnx(model)
         files, spec = list(source.files), source.spec
     else:
@@ -77,7 +84,9 @@ def write_repository(
         raise ExportError(f"--name {name}: not allowed.", "Use letters, digits, '.', '_' and '-'.")
     text = {f"{_VERSION}/{_inside(file, model.parent)}": file for file in files}
     text[f"{_VERSION}/model.py"] = Path(__file__).with_name("model.py")
-    configs = {name: text_config(name, model.name, gpu=sidecar is not None, instances=instances)}
+    configs = {
+        name: text_config(name, model.name, gpu=sidecar is not None, instances=instances, offload=offload)
+    }
     contents = {name: text}
     no_engine = _unfit(sidecar)
     if sidecar is not None and not no_engine:
