@@ -433,11 +433,12 @@ def test_config_of_an_onnx_that_was_edited(onnx_path: Path, tmp_path: Path, load
         load(folder, {"model": "model.onnx", "offload": "true"})
 
 
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+
+
 @pytest.fixture
 def executor(oracle: OracleExecutor, host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: F811
     """What runs the plan, on an emulated GPU."""
-    if compiler() is None:
-        pytest.skip("needs a C++ compiler")
     executor = make(oracle)[0]
     monkeypatch.setattr(TensorRTExecutor, "load", lambda path: executor)
     return executor
@@ -452,6 +453,7 @@ def offloaded(plan: Path, tmp_path: Path, load: Load, executor: Any) -> Ask:
 TEXT = "the quick brown fox jumps over the lazy dog"
 
 
+@needs_compiler
 def test_model_answers_from_host_memory(
     offloaded: Ask, plan: Path, executor: Any, backend: Backend, host: FakeHost, load: Load  # noqa: F811
 ) -> None:
@@ -468,6 +470,7 @@ def test_model_answers_from_host_memory(
         assert "layers" not in stats
 
 
+@needs_compiler
 def test_client_that_is_gone_holds_no_host_memory(
     offloaded: Ask, backend: Backend, host: FakeHost  # noqa: F811
 ) -> None:
@@ -480,6 +483,7 @@ def test_client_that_is_gone_holds_no_host_memory(
     assert 2 <= json.loads(backend.log[0].removeprefix("hip-trt offload: "))["tokens"] < 8
 
 
+@needs_compiler
 def test_model_survives_a_request_that_fails(
     offloaded: Ask, backend: Backend, executor: Any, host: FakeHost, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:
