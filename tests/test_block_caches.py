@@ -63,9 +63,9 @@ def landing_area(pool: Tensor, config: HipConfig, blocks: int) -> Landing | None
     return area
 
 
-@pytest.mark.parametrize("landing", [0, 1, 8, 1024])
-@pytest.mark.parametrize(("prompts", "blocks"), [
-    ((330,), 32), ((330, 40, 133), 0), ((330, 40, 133), 32), ((330, 40, 133), 96), ((330, 40, 133), 100_000),
+@pytest.mark.parametrize(("prompts", "blocks", "landing"), [
+    ((330,), 32, 0), ((330, 40, 133), 0, 8), ((330, 40, 133), 32, 1), ((330, 40, 133), 32, 8),
+    ((330, 40, 133), 96, 1024), ((330, 40, 133), 100_000, 0), ((330, 40, 133), 100_000, 1024),
 ])
 def test_every_size_gives_the_same_bits(
     library: Library, prompts: tuple[int, ...], blocks: int, landing: int

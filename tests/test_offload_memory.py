@@ -218,6 +218,8 @@ def test_warning_names_a_size_that_will_do() -> None:
     [
         ({"key_cache": 1.5}, r"key_cache: 1\.5 is not allowed; it must be less than or equal to 1"),
         ({"value_cache_mib": -1}, "value_cache_mib: -1 is not allowed"),
+        ({"key_cache_mib": float("inf")}, "key_cache_mib: inf is not allowed"),
+        ({"value_cache_mib": float("nan")}, "value_cache_mib: nan is not allowed"),
         ({"key_cache": 0.1, "key_cache_mib": 3}, "key_cache: give either a share or MiB, not both"),
         ({"staging_tokens": -1}, "staging_tokens: -1 is not allowed"),
         ({"caches": 1}, "caches: no such field; the fields are key_cache, "),

@@ -44,8 +44,10 @@ class Offload(BaseModel):
     value_cache: float | None = Field(
         None, ge=0, le=1, description="Cache of values, for the attention, as a share of the full cache."
     )
-    key_cache_mib: float | None = Field(None, ge=0, description="Cache of keys, in MiB.")
-    value_cache_mib: float | None = Field(None, ge=0, description="Cache of values, in MiB.")
+    key_cache_mib: float | None = Field(None, ge=0, allow_inf_nan=False, description="Cache of keys, in MiB.")
+    value_cache_mib: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="Cache of values, in MiB."
+    )
     staging_tokens: int | None = Field(
         None, ge=0,
         description="Tokens of one layer, all sequences together, that prefill attends from in GPU memory; calls with "

@@ -127,8 +127,8 @@ cudaError_t currentDevice(Device& device)
     return error;
 }
 
-// `slices`: of thread blocks, one a sequence, and one for what is filled beside them.
-cudaLaunchConfig_t launchConfig(const DecodeCall& decode, unsigned slices, cudaLaunchAttribute (&attributes)[2])
+// `beside`: clusters per sequence that do not compute the step, but fill caches.
+cudaLaunchConfig_t launchConfig(const DecodeCall& decode, unsigned beside, cudaLaunchAttribute (&attributes)[2])
 {
     const unsigned cluster = 1u << decode.cluster_log2;
     attributes[0].id = cudaLaunchAttributeClusterDimension;
@@ -137,12 +137,19 @@ cudaLaunchConfig_t launchConfig(const DecodeCall& decode, unsigned slices, cudaL
     attributes[1].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
     attributes[1].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicyLoadBalancing;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(cluster, decode.call.mask_heads, slices);
+    config.gridDim = dim3(cluster, decode.call.mask_heads + beside, decode.call.shape.batch);
     config.blockDim = dim3(kDecodeThreads);
     config.dynamicSmemBytes = decode.layout.bytes;
     config.attrs = attributes;
     config.numAttrs = 2;
     return config;
+}
+
+// Per sequence, so that enough thread blocks fill to keep memory busy, and few enough to leave the others alone.
+unsigned fillClusters(const DecodeCall& decode)
+{
+    const int each = decode.call.shape.batch << decode.cluster_log2;
+    return (kFillBlocks + each - 1) / each;
 }
 
 // How many clusters of a launch the device holds at once; also prepares the kernel for it. Remembers what it was asked.
@@ -172,7 +179,7 @@ cudaError_t clustersAtOnce(const Device& device, DecodeKernel kernel, const Deco
         return error;
     }
     cudaLaunchAttribute attributes[2];
-    cudaLaunchConfig_t config = launchConfig(decode, decode.call.shape.batch, attributes);
+    cudaLaunchConfig_t config = launchConfig(decode, 0, attributes);
     config.dynamicSmemBytes = shared_bytes;
     if (cudaOccupancyMaxActiveClusters(&clusters, function, &config) != cudaSuccess)
     {
@@ -218,7 +225,7 @@ bool decodeClusterSupports(const Call& call)
     Device device;
     if (shape.new_tokens != 1 || shape.type == HIP_TRT_FLOAT32 || (shape.head_dim != 64 && shape.head_dim != 128)
         || call.config.block_k < 8 || call.config.stride_k != 1 || call.heads_per_mask > kMaxHeads
-        || call.candidate_capacity > kMaxCandidates || rows >= INT64_C(0xffffffff) || shape.batch >= 65535
+        || call.candidate_capacity > kMaxCandidates || rows >= INT64_C(0xffffffff) || shape.batch > 65535
         || currentDevice(device) != cudaSuccess || device.major < 9)
     {
         return false;
@@ -257,7 +264,7 @@ cudaError_t launchDecodeCluster(
         return error;
     }
     cudaLaunchAttribute attributes[2];
-    cudaLaunchConfig_t config = launchConfig(decode, call.shape.batch + !fill.empty(), attributes);
+    cudaLaunchConfig_t config = launchConfig(decode, fill.empty() ? 0 : fillClusters(decode), attributes);
     config.stream = stream;
     return cudaLaunchKernelEx(&config, kernel, decode);
 }

@@ -72,8 +72,9 @@ __device__ __forceinline__ void openCaches(const DecodeCall& decode, const Decod
     }
     constexpr int kLine = kPrefetchBytes / sizeof(int32_t);
     constexpr int kMost = 1 << 19; // entries; of a larger table a step needs too small a part
-    const int index = ((blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x) * kDecodeThreads + threadIdx.x;
-    const int stride = decode.call.shape.batch * gridDim.y * gridDim.x * kDecodeThreads * kLine;
+    const int heads = decode.call.mask_heads;
+    const int index = ((blockIdx.z * heads + blockIdx.y) * gridDim.x + blockIdx.x) * kDecodeThreads + threadIdx.x;
+    const int stride = gridDim.z * heads * gridDim.x * kDecodeThreads * kLine;
     for (const HipTrtBlockCache* const cache : {&offload.keys, &offload.values})
     {
 #pragma unroll 1
@@ -113,9 +114,11 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
 
     if constexpr (Pools<T, D>::kOffloaded)
     {
-        if (place.b == call.shape.batch) // no sequence: beside them
+        if (place.mask >= call.mask_heads) // no mask head: beside them
         {
-            fillCaches(decode.fill, shared.caches(), blockIdx.y * gridDim.x + blockIdx.x, gridDim.y * gridDim.x);
+            const int each = gridDim.z * gridDim.x, clusters = gridDim.y - call.mask_heads;
+            const int part = (place.mask - call.mask_heads) * each + place.b * static_cast<int>(gridDim.x) + place.rank;
+            fillCaches(decode.fill, shared.caches(), part, clusters * each);
             return;
         }
     }

@@ -10,7 +10,6 @@ namespace
 {
 
 constexpr int kThreads = kCacheThreads;
-constexpr int kFillBlocks = 32; // thread blocks: 256 cache blocks on their way at once keep the bus busy
 
 __global__ void __launch_bounds__(kThreads) fillKernel(const __grid_constant__ LayerCaches work)
 {

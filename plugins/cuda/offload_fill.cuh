@@ -6,6 +6,8 @@
 namespace hip_trt
 {
 
+constexpr int kFillBlocks = 32; // thread blocks, at least: 256 cache blocks on their way at once
+
 // Place the blocks that the step missed, and count the step, by a kernel of its own.
 cudaError_t launchFill(const LayerCaches& caches, cudaStream_t stream);
 
