@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from emulated import EmulatedLibrary, build, compiler
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from offload_host import FakeHost, nothing_left
 from offload_stack import Stack, assert_same
 from offload_steps import CONFIG
@@ -89,6 +92,48 @@ def test_rounds_that_are_broken_off(
         stack.decode(3)
 
     compare(library, Offload(key_cache=0.25, value_cache=0.25), play)
+
+
+_COUNTS = st.integers(0, 45)
+_OPERATIONS = st.one_of(
+    st.tuples(st.just("prefill"), _COUNTS, _COUNTS, st.sampled_from([7, 64])),
+    st.tuples(st.just("decode"), st.integers(1, 4)),
+    st.tuples(st.just("broken step"), st.integers(1, LAYERS - 1)),
+    st.tuples(st.just("broken prompt"), st.integers(2, 20), st.integers(1, LAYERS - 1)),
+    st.tuples(st.just("forget")),
+)
+
+
+@given(
+    operations=st.lists(_OPERATIONS, min_size=2, max_size=8), share=st.sampled_from([0.25, 0.5]),
+    landing=st.sampled_from([0, 1, 16, 1024]), staging=st.sampled_from([None, 0]),
+)
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_any_order_of_calls(
+    library: EmulatedLibrary, operations: list[tuple[Any, ...]], share: float, landing: int, staging: int | None
+) -> None:
+    """What is missed, lands, is filled later, and is dropped: no order of calls lets a stale row be seen."""
+    def play(stack: Stack) -> None:
+        stack.prefill([70, 33], chunk=64)
+        room = SLOTS * CONFIG.page_size - 70
+        for name, *numbers in operations:
+            if name == "prefill" and sum(numbers[:2]) and max(numbers[:2]) < room:
+                stack.prefill(numbers[:2], chunk=numbers[2])
+                room -= max(numbers[:2])
+            elif name == "decode" and numbers[0] < room:
+                stack.decode(numbers[0])
+                room -= numbers[0]
+            elif name == "broken step" and room > 1:
+                stack.decode(1, layers=numbers[0])
+            elif name == "broken prompt" and numbers[0] < room:
+                stack.interrupted_prefill(numbers[0], layers=numbers[1])
+            elif name == "forget":
+                stack.settle()
+        stack.decode(min(room, 3))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CacheSizes, "landing", lambda self, num_layers: landing)
+        compare(library, Offload(key_cache=share, value_cache=share, staging_tokens=staging), play)
 
 
 def test_one_layer_needs_no_lane(library: EmulatedLibrary) -> None:
