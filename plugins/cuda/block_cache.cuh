@@ -13,8 +13,10 @@
 // Kernels of one layer must be ordered, as they are in one stream: what one of them reads, another may replace.
 #pragma once
 
-#include "hip_offload.h"
+#include "layer_caches.cuh"
 #include "paged_cache.cuh"
+
+#include <new>
 
 namespace hip_trt
 {
@@ -27,11 +29,84 @@ __device__ __forceinline__ Word slotOwner(uint32_t block, uint32_t step)
     return static_cast<Word>(block + 1) << 32 | step;
 }
 
+// A pool and its cache.
+struct CacheView
+{
+    const char* pool; // host memory
+    char* rows;
+    uint64_t* owners;
+    int32_t* slots;  // by block: 1 + slot
+    int32_t* missed; // see hip_offload.h
+    char* landing_rows;
+    uint32_t* tickets;
+    int32_t landing_blocks;
+    int32_t blocks; // slots; 0: no cache
+    uint32_t step;
+    int block_log2; // rows of a block
+    int row_bytes;
+
+    __device__ __forceinline__ CacheView(const LayerCaches& caches, bool is_key)
+        : CacheView(caches, is_key ? caches.keys : caches.values, is_key ? caches.key_pool : caches.value_pool)
+    {
+    }
+
+    __device__ __forceinline__ CacheView(const LayerCaches& caches, const HipTrtBlockCache& cache, const void* pool)
+        : pool(static_cast<const char*>(pool))
+        , rows(static_cast<char*>(cache.rows))
+        , owners(cache.owners)
+        , slots(cache.slots)
+        , missed(cache.missed)
+        , landing_rows(static_cast<char*>(caches.landing.rows))
+        , tickets(caches.landing.tickets)
+        , landing_blocks(caches.landing.blocks)
+        , blocks(cache.blocks)
+        , step(static_cast<uint32_t>(*caches.counters)) // steps that have ended
+        , block_log2(caches.block_k_log2)
+        , row_bytes(caches.row_bytes)
+    {
+    }
+
+    __device__ __forceinline__ int blockBytes() const
+    {
+        return row_bytes << block_log2;
+    }
+
+    __device__ __forceinline__ const char* inPool(uint32_t block) const
+    {
+        return pool + static_cast<int64_t>(block) * blockBytes();
+    }
+
+    __device__ __forceinline__ char* inCache(int slot) const
+    {
+        return rows + static_cast<int64_t>(slot) * blockBytes();
+    }
+
+    __device__ __forceinline__ char* inLanding(int landing) const
+    {
+        return landing_rows + static_cast<int64_t>(landing) * blockBytes();
+    }
+
+    // The slot of each lane's block; negative if it has none, or is not `wanted`.
+    __device__ __forceinline__ int slotOf(uint32_t block, bool wanted) const
+    {
+        return wanted && blocks != 0 ? slots[block] - 1 : -1;
+    }
+
+    __device__ __forceinline__ void markUsed(int slot) const
+    {
+        reinterpret_cast<uint32_t*>(owners + slot)[0] = step;
+    }
+
+    // Where a row of the pool is in a slot that holds a copy of its block.
+    __device__ __forceinline__ char* inCopy(int slot, uint32_t row) const
+    {
+        return inCache(slot) + (row & ((1u << block_log2) - 1)) * row_bytes;
+    }
+};
+
 // Have the blocks of the lanes of `missing` placed later; where the list is full, not. Returns where this lane's block is to
-// land; negative: nowhere. `whole`: the warp reads all rows of them, and lets them land. For all lanes of a warp. `cache`: has
-// missed, blocks, tickets and landing_blocks.
-template <typename Cache>
-__device__ __forceinline__ int noteMissing(const Cache& cache, unsigned missing, int32_t block, bool whole)
+// land; negative: nowhere. `whole`: the warp reads all rows of them, and lets them land. For all lanes of a warp.
+__device__ __forceinline__ int noteMissing(const CacheView& cache, unsigned missing, int32_t block, bool whole)
 {
     const int lane = threadIdx.x % kWarpSize, misses = __popc(missing);
     int first = 0;
@@ -61,51 +136,22 @@ __device__ __forceinline__ int noteMissing(const Cache& cache, unsigned missing,
 
 constexpr int kCacheThreads = 256; // of a thread block that uses caches
 
-// A pool and its cache as a thread block sees them during one step: in shared memory, as registers are scarce.
-struct BlockCache
+// One as a thread block sees it during one step: in shared memory, as registers are scarce.
+struct BlockCache : CacheView
 {
     static constexpr int kWarps = kCacheThreads / kWarpSize;
 
-    const char* pool; // host memory
-    char* rows;
-    uint64_t* owners;
-    int32_t* slots;  // by block: 1 + slot
-    int32_t* missed; // see hip_offload.h
-    char* landing_rows;
-    uint32_t* tickets;
-    int32_t landing_blocks;
-    int32_t blocks; // slots; 0: no cache
-    uint32_t step;
-    int block_log2; // rows of a block
-    int row_bytes;
     unsigned events[HIP_TRT_CACHE_EVENTS];
     // Of each warp's last look-up: until it is noted, lanes whose block is missing, and the block; then, lanes whose block
     // is to land, and where.
     uint32_t landed[kWarps];
     int32_t landings[kWarps][kWarpSize];
 
-    __device__ BlockCache(const HipTrtBlockCache& cache, const void* pool, const HipTrtLanding& landing, int block_log2,
-        int row_bytes, const uint64_t* counters)
-        : pool(static_cast<const char*>(pool))
-        , rows(static_cast<char*>(cache.rows))
-        , owners(cache.owners)
-        , slots(cache.slots)
-        , missed(cache.missed)
-        , landing_rows(static_cast<char*>(landing.rows))
-        , tickets(landing.tickets)
-        , landing_blocks(landing.blocks)
-        , blocks(cache.blocks)
-        , step(static_cast<uint32_t>(*counters)) // steps that have ended
-        , block_log2(block_log2)
-        , row_bytes(row_bytes)
+    __device__ BlockCache(const LayerCaches& caches, bool is_key)
+        : CacheView(caches, is_key)
         , events{}
         , landed{}
     {
-    }
-
-    __device__ __forceinline__ int blockBytes() const
-    {
-        return row_bytes << block_log2;
     }
 
     __device__ __forceinline__ void count(HipTrtCacheEvent event, unsigned times = 1)
@@ -114,27 +160,6 @@ struct BlockCache
         {
             atomicAdd(events + event, times);
         }
-    }
-
-    __device__ __forceinline__ const char* inPool(uint32_t block) const
-    {
-        return pool + static_cast<int64_t>(block) * blockBytes();
-    }
-
-    __device__ __forceinline__ char* inCache(int slot) const
-    {
-        return rows + static_cast<int64_t>(slot) * blockBytes();
-    }
-
-    __device__ __forceinline__ char* inLanding(int landing) const
-    {
-        return landing_rows + static_cast<int64_t>(landing) * blockBytes();
-    }
-
-    // The slot of each lane's block; negative if it has none, or is not `wanted`.
-    __device__ __forceinline__ int slotOf(uint32_t block, bool wanted) const
-    {
-        return wanted && blocks != 0 ? slots[block] - 1 : -1;
     }
 
     // Where each lane's block is, from its slot: in the cache or in the pool. Undefined where not `wanted`. The warp calls
@@ -158,7 +183,7 @@ struct BlockCache
         {
             return inPool(block);
         }
-        reinterpret_cast<uint32_t*>(owners + slot)[0] = step;
+        markUsed(slot);
         return inCache(slot);
     }
 
@@ -200,10 +225,10 @@ struct BlockCache
     // Write a new row of the pool to the copy of its block, if there is one. For all lanes of a warp.
     __device__ __forceinline__ void writeRow(uint32_t row, const char* data)
     {
-        const int slot = blocks == 0 ? -1 : slots[row >> block_log2] - 1;
+        const int slot = slotOf(row >> block_log2, true);
         if (slot >= 0)
         {
-            char* const target = inCache(slot) + (row & ((1u << block_log2) - 1)) * row_bytes;
+            char* const target = inCopy(slot, row);
             for (int i = threadIdx.x % kWarpSize * 16; i < row_bytes; i += kWarpSize * 16)
             {
                 *reinterpret_cast<uint4*>(target + i) = *reinterpret_cast<const uint4*>(data + i);
@@ -211,6 +236,31 @@ struct BlockCache
         }
     }
 };
+
+// Make a thread block's views of a layer's caches, of keys and of values, by two threads. Barrier to follow.
+__device__ __forceinline__ void openCaches(BlockCache* views, const LayerCaches& caches, int key_thread, int value_thread)
+{
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread == key_thread || thread == value_thread)
+    {
+        const bool is_key = thread == key_thread;
+        new (views + !is_key) BlockCache(caches, is_key);
+    }
+}
+
+// Add up what a thread block's views have counted.
+__device__ __forceinline__ void reportEvents(const BlockCache* views, uint64_t* counters)
+{
+    if (threadIdx.x < 2 * HIP_TRT_CACHE_EVENTS)
+    {
+        const unsigned count = views[threadIdx.x / HIP_TRT_CACHE_EVENTS].events[threadIdx.x % HIP_TRT_CACHE_EVENTS];
+        if (count != 0)
+        {
+            Word* const events = reinterpret_cast<Word*>(counters) + HIP_TRT_OFFLOAD_EVENTS_AT;
+            atomicAdd(events + threadIdx.x, static_cast<Word>(count));
+        }
+    }
+}
 
 // Empty a list of missed blocks, and give back what landed of them. For one thread.
 __device__ __forceinline__ void dropMissed(const HipTrtBlockCache& cache, const HipTrtLanding& landing)

@@ -8,7 +8,6 @@
 #include "offload_fill.cuh"
 
 #include <limits.h>
-#include <new>
 
 namespace hip_trt
 {
@@ -153,12 +152,7 @@ __device__ __forceinline__ void place(BlockCache& cache, uint32_t block, int lan
 // counted. For all threads of thread block `part` of `parts`; `caches`: room for two in shared memory.
 __device__ __forceinline__ void fillCaches(const LayerCaches& work, BlockCache* caches, int part, int parts)
 {
-    if (threadIdx.x == 0 || threadIdx.x == kWarpSize)
-    {
-        const bool is_key = threadIdx.x == 0;
-        new (caches + !is_key) BlockCache(is_key ? work.keys : work.values, is_key ? work.key_pool : work.value_pool,
-            work.landing, work.block_k_log2, work.row_bytes, work.counters);
-    }
+    openCaches(caches, work, 0, kWarpSize);
     __syncthreads();
     const int warps = parts * BlockCache::kWarps, warp = threadIdx.x / kWarpSize * parts + part;
 #pragma unroll 1
@@ -166,8 +160,8 @@ __device__ __forceinline__ void fillCaches(const LayerCaches& work, BlockCache* 
     {
         BlockCache& cache = caches[which];
         const int count = cache.blocks == 0 ? 0 : min(cache.missed[0], cache.blocks);
-#pragma unroll 1
         // Where there are few, values are for other warps than keys.
+#pragma unroll 1
         for (int i = which == 0 ? warp : warps - 1 - warp; i < count; i += warps)
         {
             const int2 missed = reinterpret_cast<const int2*>(cache.missed + HIP_TRT_CACHE_MISSED_HEADER)[i];
@@ -175,15 +169,8 @@ __device__ __forceinline__ void fillCaches(const LayerCaches& work, BlockCache* 
         }
     }
     __syncthreads();
+    reportEvents(caches, work.counters);
     Word* const counters = reinterpret_cast<Word*>(work.counters);
-    if (threadIdx.x < 2 * HIP_TRT_CACHE_EVENTS)
-    {
-        const unsigned count = caches[threadIdx.x / HIP_TRT_CACHE_EVENTS].events[threadIdx.x % HIP_TRT_CACHE_EVENTS];
-        if (count != 0)
-        {
-            atomicAdd(counters + HIP_TRT_OFFLOAD_EVENTS_AT + threadIdx.x, static_cast<Word>(count));
-        }
-    }
     __threadfence(); // what was read here may be written anew by who finds the tickets given back
     if (threadIdx.x == 0 && atomicAdd(counters + 1, static_cast<Word>(1)) == parts - 1)
     {

@@ -7,40 +7,13 @@
 namespace hip_trt
 {
 
-struct CachedRows
+struct CachedRows : CacheView
 {
-    const char* pool;
-    const char* rows;
-    uint64_t* owners;
-    const int32_t* slots;
-    int32_t* missed;
-    uint32_t* tickets;
-    int32_t landing_blocks;
-    int32_t blocks;
     Word* events; // of this cache
-    uint32_t step;
-    int block_k_log2;
-    int row_bytes;
 
     __device__ __forceinline__ CachedRows(const LayerCaches& caches, bool is_key)
-        : CachedRows(caches, is_key ? caches.keys : caches.values, is_key ? caches.key_pool : caches.value_pool, is_key)
-    {
-    }
-
-    __device__ __forceinline__ CachedRows(
-        const LayerCaches& caches, const HipTrtBlockCache& cache, const void* pool, bool is_key)
-        : pool(static_cast<const char*>(pool))
-        , rows(static_cast<const char*>(cache.rows))
-        , owners(cache.owners)
-        , slots(cache.slots)
-        , missed(cache.missed)
-        , tickets(caches.landing.tickets)
-        , landing_blocks(caches.landing.blocks)
-        , blocks(cache.blocks)
+        : CacheView(caches, is_key)
         , events(reinterpret_cast<Word*>(caches.counters) + HIP_TRT_OFFLOAD_EVENTS_AT + (is_key ? 0 : HIP_TRT_CACHE_EVENTS))
-        , step(static_cast<uint32_t>(*caches.counters))
-        , block_k_log2(caches.block_k_log2)
-        , row_bytes(caches.row_bytes)
     {
     }
 
@@ -50,10 +23,10 @@ struct CachedRows
     __device__ __forceinline__ int64_t offset(int64_t row) const
     {
         const int lane = threadIdx.x % kWarpSize;
-        const int64_t block = row < 0 ? -1 : row >> block_k_log2;
+        const int64_t block = row < 0 ? -1 : row >> block_log2;
         const int64_t before = __shfl_up_sync(kFullWarp, block, 1);
         const bool leads = block >= 0 && (lane == 0 || before != block);
-        const int slot = block >= 0 && blocks != 0 ? slots[block] - 1 : -1;
+        const int slot = slotOf(static_cast<uint32_t>(block), block >= 0);
         const unsigned hits = __ballot_sync(kFullWarp, leads && slot >= 0);
         const unsigned missing = __ballot_sync(kFullWarp, leads && slot < 0);
         if (lane == 0 && hits != 0)
@@ -78,10 +51,9 @@ struct CachedRows
         }
         if (leads)
         {
-            reinterpret_cast<uint32_t*>(owners + slot)[0] = step;
+            markUsed(slot);
         }
-        const int64_t in_cache = (static_cast<int64_t>(slot) << block_k_log2) + (row & ((1 << block_k_log2) - 1));
-        return rows - pool + in_cache * row_bytes;
+        return inCopy(slot, static_cast<uint32_t>(row)) - pool;
     }
 };
 

@@ -23,8 +23,9 @@ constexpr int kMaxTableBytes = 28 * 1024;
 
 constexpr int kMaxClusterLog2 = 4; // 16 thread blocks, what compute capability 9.0 grants on request
 
-DecodeKernel findKernel(const Call& call, bool offloaded)
+DecodeKernel findKernel(const Call& call)
 {
+    const bool offloaded = call.host_pools;
     const int head_dim = call.shape.head_dim, heads = call.heads_per_mask;
     if (call.shape.type == HIP_TRT_FLOAT16)
     {
@@ -234,9 +235,9 @@ bool decodeClusterSupports(const Call& call)
 }
 
 cudaError_t launchDecodeCluster(
-    const Call& call, const HipTrtOffload* offload, const LayerCaches& fill, cudaStream_t stream, int cluster_log2)
+    const Call& call, const LayerCaches& fill, cudaStream_t stream, int cluster_log2)
 {
-    const DecodeKernel kernel = findKernel(call, offload != nullptr);
+    const DecodeKernel kernel = findKernel(call);
     Device device;
     cudaError_t error = currentDevice(device);
     if (error == cudaSuccess && cluster_log2 < 0)
@@ -248,11 +249,7 @@ cudaError_t launchDecodeCluster(
         return error;
     }
     DecodeCall decode = describe(call, cluster_log2);
-    if (offload != nullptr)
-    {
-        decode.offload = *offload;
-        decode.fill = fill;
-    }
+    decode.fill = fill;
     int clusters = 0;
     error = clustersAtOnce(device, kernel, decode, clusters);
     if (error == cudaSuccess)

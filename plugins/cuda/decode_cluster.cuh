@@ -76,8 +76,7 @@ struct DecodeLayout
 struct DecodeCall
 {
     Call call;
-    HipTrtOffload offload; // where pools are in host memory
-    LayerCaches fill;         // beside that, of another layer
+    LayerCaches fill; // beside that, of another layer
     Divisor page_size;
     Divisor level_size[kMaxLevels]; // blocks that a node of each level covers
     uint32_t branch_reciprocal;      // 2^kReciprocalShift over the width, rounded up
@@ -104,9 +103,9 @@ DecodeKernel findOffloadedDecodeKernel(int head_dim, int heads_per_mask);
 bool decodeClusterSupports(const Call& call);
 
 // Launch it, cache update included, with 2^cluster_log2 thread blocks per sequence and mask head; by default as many as
-// the device holds at once. `offload`: what is attached to the pools, or nullptr. `fill`: what to fill beside it, of another
+// the device holds at once. Pools in host memory are read through call.caches. `fill`: what to fill beside it, of another
 // layer.
-cudaError_t launchDecodeCluster(const Call& call, const HipTrtOffload* offload, const LayerCaches& fill,
-    cudaStream_t stream, int cluster_log2 = -1);
+cudaError_t launchDecodeCluster(
+    const Call& call, const LayerCaches& fill, cudaStream_t stream, int cluster_log2 = -1);
 
 } // namespace hip_trt

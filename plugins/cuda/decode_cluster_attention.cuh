@@ -107,24 +107,13 @@ struct WarpAttention
                 k[half][j] = Pools::load(source + 32 * j);
             }
         }
-        if (looked_up)
+        if constexpr (Pools::kOffloaded)
         {
-            pools.noteRuns();
-        }
-        if (tile.keysLand())
-        {
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
+            if (looked_up)
             {
-                if (T* const to = tile.landingKey(half, g))
-                {
-#pragma unroll
-                    for (int j = 0; j < D / 32; ++j)
-                    {
-                        *reinterpret_cast<uint4*>(to + t * 8 + 32 * j) = k[half][j];
-                    }
-                }
+                pools.noteRuns();
             }
+            tile.landKeys(k);
         }
         float logit[HeadTiles][4]; // of half e / 2, head 2t + e % 2
 #pragma unroll
@@ -173,14 +162,9 @@ struct WarpAttention
         }
         waitCopies<0>();
         __syncwarp();
-        if (tile.valuesLand())
+        if constexpr (Pools::kOffloaded)
         {
-            Tile::forLines([&](int line, int chunk) {
-                if (T* const to = tile.landingValue(line / 8, line % 8))
-                {
-                    *reinterpret_cast<uint4*>(to + chunk * Tile::kChunkElements) = Tile::read(staged, Tile::at(line, chunk));
-                }
-            });
+            tile.landValues(staged);
         }
 #pragma unroll
         for (int c = 0; c < D / 64; ++c)
@@ -285,9 +269,12 @@ __device__ __forceinline__ int attendBlocks(const DecodeCall& decode, const Deco
             attention.add(query, tokens, pools, pools.tile(run, 2 * (i % 16)), i % 16 == 0, newest, new_key, new_value,
                 decode.scale_log2e, reinterpret_cast<T*>(shared.scratch(warp)));
         }
-        else if (i % 16 == 0)
+        else if constexpr (Pools::kOffloaded)
         {
-            pools.noteRuns();
+            if (i % 16 == 0)
+            {
+                pools.noteRuns();
+            }
         }
     }
     const int heads = call.heads_per_mask;

@@ -11,8 +11,6 @@
 #include "decode_cluster_search.cuh"
 #include "query_block.cuh"
 
-#include <new>
-
 namespace hip_trt
 {
 
@@ -58,43 +56,20 @@ __device__ __forceinline__ int chooseBlocks(const DecodeCall& decode, const Deco
     return min(decode.call.budget, nodes.count);
 }
 
-// Make this thread block's views of the caches, and bring the tables of slots into the L2 cache: lookups shall not go to memory
-// one after the other. Barrier to follow.
-__device__ __forceinline__ void openCaches(const DecodeCall& decode, const DecodeShared& shared)
+// Bring the tables of slots into the L2 cache: lookups shall not go to memory one after the other.
+__device__ __forceinline__ void prefetchSlots(const Call& call)
 {
-    const HipTrtOffload& offload = decode.offload;
-    if (threadIdx.x == kWarpSize || threadIdx.x == 2 * kWarpSize) // other warps than those that load what all wait for
-    {
-        const bool is_key = threadIdx.x == kWarpSize;
-        new (shared.caches() + !is_key) BlockCache(is_key ? offload.keys : offload.values,
-            is_key ? offload.key_pool : offload.value_pool, offload.landing, decode.call.block_k_log2, decode.call.row_bytes,
-            offload.counters);
-    }
     constexpr int kLine = kPrefetchBytes / sizeof(int32_t);
     constexpr int kMost = 1 << 19; // entries; of a larger table a step needs too small a part
-    const int heads = decode.call.mask_heads;
+    const int heads = call.mask_heads;
     const int index = ((blockIdx.z * heads + blockIdx.y) * gridDim.x + blockIdx.x) * kDecodeThreads + threadIdx.x;
     const int stride = gridDim.z * heads * gridDim.x * kDecodeThreads * kLine;
-    for (const HipTrtBlockCache* const cache : {&offload.keys, &offload.values})
+    for (const HipTrtBlockCache* const cache : {&call.caches.keys, &call.caches.values})
     {
 #pragma unroll 1
         for (int i = index * kLine; cache->blocks != 0 && cache->pool_blocks <= kMost && i < cache->pool_blocks; i += stride)
         {
             prefetchToL2(cache->slots + i);
-        }
-    }
-}
-
-// Count the events of this thread block's caches, which has looked up all that it will.
-__device__ __forceinline__ void report(const DecodeCall& decode, const BlockCache* caches)
-{
-    if (threadIdx.x < 2 * HIP_TRT_CACHE_EVENTS)
-    {
-        const unsigned count = caches[threadIdx.x / HIP_TRT_CACHE_EVENTS].events[threadIdx.x % HIP_TRT_CACHE_EVENTS];
-        if (count != 0)
-        {
-            Word* const events = reinterpret_cast<Word*>(decode.offload.counters) + HIP_TRT_OFFLOAD_EVENTS_AT;
-            atomicAdd(events + threadIdx.x, static_cast<Word>(count));
         }
     }
 }
@@ -171,7 +146,8 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
     commitCopies();
     if constexpr (Pools<T, D>::kOffloaded)
     {
-        openCaches(decode, shared);
+        openCaches(shared.caches(), call.caches, kWarpSize, 2 * kWarpSize); // not by those that load what all wait for
+        prefetchSlots(call);
     }
     const QueryBlock block(call, place.b, 0);
     const bool refresh = *call.refresh_mask != 0;
@@ -344,7 +320,7 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
     }
     if constexpr (Pools<T, D>::kOffloaded)
     {
-        report(decode, shared.caches());
+        reportEvents(shared.caches(), call.caches.counters); // all has been looked up
     }
     const bool keep_chosen = searched >= 0 && !reuse && config.reuse_level == 0;
     if (place.rank == 0 && (keep_chosen || call.chosen_blocks != nullptr))

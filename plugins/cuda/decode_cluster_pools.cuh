@@ -38,24 +38,6 @@ struct ResidentPools
         return keys + (static_cast<uint64_t>(__shfl_sync(kFullWarp, block, lane)) + row) * D;
     }
 
-    // Of what this warp has begun to read, note what is missing, and then keep it. Of pools in GPU memory nothing is.
-    __device__ __forceinline__ void noteKeys() const
-    {
-    }
-
-    __device__ __forceinline__ void noteRuns() const
-    {
-    }
-
-    __device__ __forceinline__ bool keysLand() const
-    {
-        return false;
-    }
-
-    __device__ __forceinline__ void landKey(int, int, const uint4 (&)[D / 32]) const
-    {
-    }
-
     // Where eight rows of keys and of values are, of which this lane gives the first. `paired`: an odd lane's follow those of
     // the lane before.
     using Run = uint32_t;
@@ -80,26 +62,6 @@ struct ResidentPools
         __device__ __forceinline__ const T* value(int half) const
         {
             return values + from[half];
-        }
-
-        __device__ __forceinline__ bool keysLand() const
-        {
-            return false;
-        }
-
-        __device__ __forceinline__ bool valuesLand() const
-        {
-            return false;
-        }
-
-        __device__ __forceinline__ T* landingKey(int, int) const
-        {
-            return nullptr;
-        }
-
-        __device__ __forceinline__ T* landingValue(int, int) const
-        {
-            return nullptr;
         }
     };
 
@@ -174,17 +136,22 @@ struct OffloadedPools
         return caches->landingLanes() != 0;
     }
 
-    // Keep row `row` of the block that lane `lane` found, if it is to land: of every lane chunks 4 j + t.
+    // Store a row of which every lane has chunks 4 j + t.
+    static __device__ __forceinline__ void storeRow(T* row, const uint4 (&chunks)[D / 32])
+    {
+#pragma unroll
+        for (int j = 0; j < D / 32; ++j)
+        {
+            *reinterpret_cast<uint4*>(row + threadIdx.x % 4 * 8 + 32 * j) = chunks[j];
+        }
+    }
+
+    // Keep row `row` of the block that lane `lane` found, if it is to land.
     __device__ __forceinline__ void landKey(int lane, int row, const uint4 (&chunks)[D / 32]) const
     {
         if ((caches->landingLanes() >> lane & 1) != 0)
         {
-            T* const to = reinterpret_cast<T*>(caches->landingOf(lane)) + row * D + threadIdx.x % 4 * 8;
-#pragma unroll
-            for (int j = 0; j < D / 32; ++j)
-            {
-                *reinterpret_cast<uint4*>(to + 32 * j) = chunks[j];
-            }
+            storeRow(reinterpret_cast<T*>(caches->landingOf(lane)) + row * D, chunks);
         }
     }
 
@@ -226,34 +193,45 @@ struct OffloadedPools
             return values[half];
         }
 
-        __device__ __forceinline__ bool keysLand() const
+        // Keep what lands of the tile's keys: each lane has its part of row g of each half.
+        __device__ __forceinline__ void landKeys(const uint4 (&chunks)[2][D / 32]) const
         {
-            return land(caches[0]);
+            if (lands(caches[0]))
+            {
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                {
+                    if (T* const to = landing(caches[0], half, threadIdx.x % kWarpSize / 4))
+                    {
+                        storeRow(to, chunks[half]);
+                    }
+                }
+            }
         }
 
-        __device__ __forceinline__ bool valuesLand() const
+        // Of its values, which are staged.
+        __device__ __forceinline__ void landValues(const T* staged) const
         {
-            return land(caches[1]);
-        }
-
-        // Where row `row` of a half is to be kept; nullptr: nowhere.
-        __device__ __forceinline__ T* landingKey(int half, int row) const
-        {
-            return landing(caches[0], half, row);
-        }
-
-        __device__ __forceinline__ T* landingValue(int half, int row) const
-        {
-            return landing(caches[1], half, row);
+            using Staged = StagedTile<T, D>;
+            if (lands(caches[1]))
+            {
+                Staged::forLines([&](int line, int chunk) {
+                    if (T* const to = landing(caches[1], line / 8, line % 8))
+                    {
+                        *reinterpret_cast<uint4*>(to + chunk * Staged::kChunkElements)
+                            = Staged::read(staged, Staged::at(line, chunk));
+                    }
+                });
+            }
         }
 
     private:
-        __device__ __forceinline__ bool land(const BlockCache& cache) const
+        __device__ __forceinline__ bool lands(const BlockCache& cache) const
         {
             return (cache.landingLanes() >> lane & 3) != 0;
         }
 
-        // A block is the tile, or one half of it.
+        // Where a row of a half is to be kept; nullptr: nowhere. A block is the tile, or one half of it.
         __device__ __forceinline__ T* landing(const BlockCache& cache, int half, int row) const
         {
             const bool is_tile = cache.block_log2 == kTileLog2;

@@ -79,17 +79,20 @@ __device__ __forceinline__ void scoreNodes(const DecodeCall& decode, const Decod
                 keys[part][j] = Pools::load(source + 32 * j);
             }
         }
-        if (looks_up)
+        if constexpr (Pools::kOffloaded)
         {
-            pools.noteKeys();
-        }
-        if (pools.keysLand())
-        {
-#pragma unroll
-            for (int part = 0; part < kParts; ++part)
+            if (looks_up)
             {
-                pools.landKey((numberOf(batch) + (8 * part >> rows_log2)) % kWarpSize,
-                    ((batch << kBatchLog2) + 8 * part + g) & ((1 << rows_log2) - 1), keys[part]);
+                pools.noteKeys();
+            }
+            if (pools.keysLand())
+            {
+#pragma unroll
+                for (int part = 0; part < kParts; ++part)
+                {
+                    pools.landKey((numberOf(batch) + (8 * part >> rows_log2)) % kWarpSize,
+                        ((batch << kBatchLog2) + 8 * part + g) & ((1 << rows_log2) - 1), keys[part]);
+                }
             }
         }
         float best[kParts];

@@ -107,21 +107,6 @@ cudaError_t runHeadDim(const Call& call, cudaStream_t stream)
                                                 : run<T, kLargeHeadDim>(call, stream);
 }
 
-// One kernel does it all.
-cudaError_t decode(const Call& call, const HipTrtOffload* offload, cudaStream_t stream)
-{
-    cudaError_t error = offload != nullptr ? beginDecode(*offload, stream) : cudaSuccess;
-    if (error == cudaSuccess)
-    {
-        error = launchDecodeCluster(call, offload, offload != nullptr ? fillBeside(call, *offload) : LayerCaches{}, stream);
-    }
-    if (error == cudaSuccess && offload != nullptr)
-    {
-        error = endDecode(call, *offload, stream);
-    }
-    return error;
-}
-
 cudaError_t runAnyType(const Call& call, cudaStream_t stream)
 {
     switch (call.shape.type)
@@ -132,23 +117,28 @@ cudaError_t runAnyType(const Call& call, cudaStream_t stream)
     }
 }
 
-// A single-token call on pools in host memory that no cluster computes.
-cudaError_t decodeByRows(Call call, const HipTrtOffload& offload, cudaStream_t stream)
+// A single-token call on pools in host memory: one kernel does it all, or, where no cluster computes it, some read row by row.
+cudaError_t decodeOffloaded(Call call, const HipTrtOffload& offload, cudaStream_t stream)
 {
     call.host_pools = true;
     call.caches = cachesOf(call, offload);
+    const LayerCaches before = fillBeside(call, offload);
     cudaError_t error = beginDecode(offload, stream);
-    if (error == cudaSuccess)
+    if (error == cudaSuccess && decodeClusterSupports(call))
     {
-        error = launchFill(fillBeside(call, offload), stream);
+        error = launchDecodeCluster(call, before, stream);
     }
-    if (error == cudaSuccess)
+    else if (error == cudaSuccess)
     {
-        error = updateCopies(call, stream);
-    }
-    if (error == cudaSuccess)
-    {
-        error = runAnyType(call, stream);
+        error = launchFill(before, stream);
+        if (error == cudaSuccess)
+        {
+            error = updateCopies(call, stream);
+        }
+        if (error == cudaSuccess)
+        {
+            error = runAnyType(call, stream);
+        }
     }
     return error == cudaSuccess ? endDecode(call, offload, stream) : error;
 }
@@ -156,13 +146,13 @@ cudaError_t decodeByRows(Call call, const HipTrtOffload& offload, cudaStream_t s
 // `offload`: what is attached to the pools, or nullptr.
 cudaError_t runType(Call call, const HipTrtOffload* offload, cudaStream_t stream)
 {
-    if (decodeClusterSupports(call))
-    {
-        return decode(call, offload, stream);
-    }
     if (offload != nullptr && call.shape.new_tokens == 1)
     {
-        return decodeByRows(call, *offload, stream);
+        return decodeOffloaded(call, *offload, stream);
+    }
+    if (decodeClusterSupports(call))
+    {
+        return launchDecodeCluster(call, LayerCaches{}, stream);
     }
     if (offload != nullptr)
     {

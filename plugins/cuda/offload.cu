@@ -113,18 +113,6 @@ __global__ void __launch_bounds__(kThreads)
     forget(offload.values, in_pool);
 }
 
-// Write a row to the copy of its block, if there is one.
-__device__ void updateCopy(const HipTrtBlockCache& cache, const Call& call, int64_t row, const uint4* source, int chunk)
-{
-    const int chunks = call.row_bytes / static_cast<int>(sizeof(uint4));
-    const int slot = cache.blocks == 0 ? -1 : cache.slots[row >> call.block_k_log2] - 1;
-    if (slot >= 0)
-    {
-        const int64_t in_cache = (static_cast<int64_t>(slot) << call.block_k_log2) + (row & (call.config.block_k - 1));
-        static_cast<uint4*>(cache.rows)[in_cache * chunks + chunk] = *source;
-    }
-}
-
 // A thread block per sequence.
 __global__ void __launch_bounds__(kThreads) updateCopiesKernel(const __grid_constant__ Call call)
 {
@@ -135,10 +123,18 @@ __global__ void __launch_bounds__(kThreads) updateCopiesKernel(const __grid_cons
     }
     for (int i = threadIdx.x; i < call.shape.num_kv_heads * chunks; i += kThreads)
     {
-        const int64_t row = PagedRows(call, b, i / chunks).row(call.past_lengths[b]);
-        const int64_t from = static_cast<int64_t>(b) * call.shape.num_kv_heads * chunks + i;
-        updateCopy(call.caches.keys, call, row, static_cast<const uint4*>(call.key) + from, i % chunks);
-        updateCopy(call.caches.values, call, row, static_cast<const uint4*>(call.value) + from, i % chunks);
+        const uint32_t row = static_cast<uint32_t>(PagedRows(call, b, i / chunks).row(call.past_lengths[b]));
+        for (const bool is_key : {true, false})
+        {
+            const CacheView cache(call.caches, is_key);
+            const int slot = cache.slotOf(row >> call.block_k_log2, true);
+            if (slot >= 0)
+            {
+                const uint4* const rows = static_cast<const uint4*>(is_key ? call.key : call.value);
+                reinterpret_cast<uint4*>(cache.inCopy(slot, row))[i % chunks]
+                    = rows[static_cast<int64_t>(b) * call.shape.num_kv_heads * chunks + i];
+            }
+        }
     }
 }
 

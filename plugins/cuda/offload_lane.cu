@@ -78,13 +78,6 @@ cudaError_t HipTrtOffloadLane::enter(cudaStream_t stream)
     return error;
 }
 
-cudaError_t HipTrtOffloadLane::joinEntered(cudaStream_t stream)
-{
-    const cudaError_t error = left_ ? cudaStreamWaitEvent(stream, done_, 0) : cudaSuccess;
-    left_ = false;
-    return error;
-}
-
 cudaError_t HipTrtOffloadLane::fork(cudaStream_t stream, const std::function<cudaError_t(cudaStream_t)>& work)
 {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -110,8 +103,13 @@ cudaError_t HipTrtOffloadLane::fork(cudaStream_t stream, const std::function<cud
 cudaError_t HipTrtOffloadLane::join(cudaStream_t stream)
 {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const cudaError_t error = enter(stream);
-    return error == cudaSuccess ? joinEntered(stream) : error;
+    cudaError_t error = enter(stream);
+    if (error == cudaSuccess && left_)
+    {
+        error = cudaStreamWaitEvent(stream, done_, 0);
+        left_ = false;
+    }
+    return error;
 }
 
 HipTrtStatus hipTrtOffloadLaneCreate(HipTrtOffloadLane** lane)

@@ -27,7 +27,6 @@ private:
     HipTrtOffloadLane() = default;
 
     cudaError_t enter(cudaStream_t stream);
-    cudaError_t joinEntered(cudaStream_t stream);
 
     std::mutex mutex_;
     cudaStream_t stream_ = nullptr;
