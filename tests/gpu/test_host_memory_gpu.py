@@ -11,9 +11,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import hip_trt
-from hip_trt import library
 from hip_trt.config import HipConfig
-from hip_trt.errors import PluginError
 from hip_trt.huggingface import HipCache
 from hip_trt.offload import Offload
 from hip_trt.offload.host_memory import CudaHost, HostMemory, Refused
@@ -71,13 +69,10 @@ def talk(model: LlamaForCausalLM) -> tuple[list[Tensor], HipCache]:
     return results, cache
 
 
+@pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_patched_model(dtype: torch.dtype) -> None:
-    """Bits of every call, while pools grow. float32 decodes over the bus."""
-    try:
-        library.load()
-    except PluginError as error:
-        pytest.skip(f"no CUDA kernels: {error.cause}")
+    """Bits of every call, while pools grow."""
     model = tiny_llama(head_dim=64, hidden_size=64, initializer_range=0.2, max_position_embeddings=4096)
     model = model.to(CUDA, dtype)
     with torch.inference_mode():

@@ -20,8 +20,7 @@ from test_kernels_gpu import library  # noqa: F401  (the fixture)
 from torch import Tensor
 
 import hip_trt
-from hip_trt import library as binding
-from hip_trt.errors import EnvironmentProblem, PluginError, RuntimeInputError
+from hip_trt.errors import EnvironmentProblem, RuntimeInputError
 from hip_trt.library import Library
 from hip_trt.offload import Geometry, Offload, OffloadedCache, host_limits
 from hip_trt.offload.host_limits import HostMemoryLeft, host_memory_left
@@ -187,12 +186,9 @@ def test_host_memory_too_small(library: Library) -> None:  # noqa: F811
     assert before.bytes - host_memory_left().bytes < GIB // 4
 
 
+@pytest.mark.usefixtures("installed")
 def test_sequence_that_grows_beyond_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A patched model: the call that does not fit is refused, and the cache goes on from where it was."""
-    try:
-        binding.load()
-    except PluginError as error:
-        pytest.skip(f"no CUDA kernels: {error.cause}")
     model = tiny_llama(head_dim=64, hidden_size=64, initializer_range=0.2, max_position_embeddings=4096)
     model = model.to(CUDA, torch.bfloat16)
     ids = torch.randint(1, 61, (1, 900), generator=torch.Generator().manual_seed(0)).to(CUDA)

@@ -15,9 +15,7 @@ from test_kernels_gpu import library  # noqa: F401  (the fixture)
 from torch import Tensor
 
 import hip_trt
-from hip_trt import library as binding
 from hip_trt.config import HipConfig
-from hip_trt.errors import PluginError
 from hip_trt.library import Library
 from hip_trt.offload import Geometry, Offload, OffloadedCache
 
@@ -28,14 +26,6 @@ SPARSE = HipConfig.create(
     mask_k=64, decode_mask_k=32, block_q=16, block_k=8, stride_q=4, branch=2, leaf_branch=2, page_size=16,
     sink_tokens=8, window_tokens=16, refresh_interval=3,
 )
-
-
-@pytest.fixture
-def installed() -> None:
-    try:
-        binding.load()
-    except PluginError as error:
-        pytest.skip(f"no CUDA kernels: {error.cause}")
 
 
 def generate(model: Any, ids: Tensor, valid: Tensor, tokens: int) -> Tensor:

@@ -14,12 +14,13 @@ from oracle import tiny_llama
 from torch import Tensor
 
 import hip_trt
-from hip_trt import library, ops  # noqa: F401  (importing ops registers torch.ops.hip_trt)
 from hip_trt import operator as names
+from hip_trt import ops  # noqa: F401  (importing it registers torch.ops.hip_trt)
 from hip_trt.config import HipConfig
-from hip_trt.errors import ConfigError, PluginError, RuntimeInputError
+from hip_trt.errors import ConfigError, RuntimeInputError
 
 pytestmark = [
+    pytest.mark.usefixtures("installed"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
@@ -29,14 +30,6 @@ SPARSE = HipConfig.create(
     branch=2, leaf_branch=2, refresh_interval=3,
 )
 STATE = ("past_key", "past_value", "past_nodes")
-
-
-@pytest.fixture(autouse=True)
-def installed_library() -> None:
-    try:
-        library.load()
-    except PluginError as error:
-        pytest.skip(f"no CUDA kernels: {error.cause}")
 
 
 def call(case: Case, **changes: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
