@@ -254,6 +254,7 @@ def main() -> None:
     parser.add_argument("--append", action="store_true", help="to the rows that the file has")
     parser.add_argument("--leaf-branch", type=int, nargs="+", default=[HipConfig.create().leaf_branch])
     parser.add_argument("--decode-mask-k", type=int, default=HipConfig.create().decode_mask_k)
+    parser.add_argument("--stride-k", type=int, default=1, help="above 1 portable kernels decode, on every GPU")
     parser.add_argument("--rounds", type=int, default=3, help="times that both are timed in turn")
     parser.add_argument("--steps", type=int, default=128, help="steps that are timed; as many before fill the caches")
     parser.add_argument("--checked", type=int, default=64, help="steps whose bits are compared first")
@@ -284,7 +285,9 @@ def main() -> None:
         rows = json.loads((options.out / f"{options.name}.json").read_text())["rows"]
     for length in options.lengths:
         for leaf_branch in options.leaf_branch:
-            config = HipConfig.create(leaf_branch=leaf_branch, decode_mask_k=options.decode_mask_k)
+            config = HipConfig.create(
+                leaf_branch=leaf_branch, decode_mask_k=options.decode_mask_k, stride_k=options.stride_k
+            )
             row = run_length(
                 library, config, recording, length, options.layers, weights[: options.layers], offload, options
             )
