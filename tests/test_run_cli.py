@@ -18,6 +18,7 @@ from tiny_plan import write_plan
 from typer.testing import CliRunner, Result
 
 from hip_trt.cli.app import app
+from hip_trt.errors import EngineError
 from hip_trt.runtime import load, tensorrt
 
 
@@ -101,6 +102,7 @@ def test_prompt_longer_than_the_pages_allow(path: Path) -> None:
         (["-p", "x", "-t", "-1"], "temperature"),
         (["-f", "no/such/file"], "no/such/file: cannot be read: No such file"),
         (["-p", "x", "--tokenizer", "no/such"], "no/such: no tokenizer_config.json"),
+        (["-p", "x", "--weight-budget-mib", "9"], "streams no weights"),
     ],
 )
 def test_bad_requests(path: Path, arguments: list[str], text: str) -> None:
@@ -126,6 +128,22 @@ def test_plan_without_a_gpu(path: Path, tmp_path: Path, monkeypatch: pytest.Monk
     result = run(plan, "-p", "x")
     assert one_line_error(result, "a plan needs a GPU")
     assert f"hip-trt run {tmp_path / 'model.onnx'}" in result.stderr
+
+
+def test_weight_budget_reaches_the_engine_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budgets: list[int | None] = []
+
+    def load_plan(path: Path, *, weight_budget: int | None) -> None:
+        budgets.append(weight_budget)
+        raise EngineError("loaded")
+
+    monkeypatch.setattr(tensorrt.TensorRTExecutor, "load", load_plan)
+    plan = write_plan(tmp_path, OracleExecutor(tiny_llama(), SPARSE).spec, weight_streaming=True)
+    for options in ((), ("--weight-budget-mib", "1.5"), ("--weight-budget-mib", "0")):
+        assert one_line_error(run(plan, "-p", "x", *options), "loaded")
+    assert budgets == [None, 1536 * 1024, 0]
+    for size in ("-1", "nan", "inf"):
+        assert run(plan, "-p", "x", "--weight-budget-mib", size).exit_code == 2
 
 
 def test_closed_pipe_ends_quietly(path: Path) -> None:

@@ -394,13 +394,21 @@ def test_refit(beside: Path, wanted: tuple[str, ...]) -> None:
 
 
 def test_streamed_weights_have_a_budget() -> None:
-    engine = SimpleNamespace(streamable_weights_size=100, get_weight_streaming_automatic_budget=lambda: 70)
-    executor_module._stream_weights(engine, None)
+    plan, mib = Path("engine.plan"), 2**20
+    engine = SimpleNamespace(streamable_weights_size=100 * mib, get_weight_streaming_automatic_budget=lambda: 70)
+    executor_module._stream_weights(plan, engine, None)
     assert engine.weight_streaming_budget_v2 == 70
-    executor_module._stream_weights(engine, 0)
-    assert engine.weight_streaming_budget_v2 == 0
-    with pytest.raises(EngineError, match="weight_budget: 101 is not allowed; it must be from 0 to 100"):
-        executor_module._stream_weights(engine, 101)
+    for budget in (0, 100 * mib):
+        executor_module._stream_weights(plan, engine, budget)
+        assert engine.weight_streaming_budget_v2 == budget
+    for budget in (-mib, 101 * mib):
+        with pytest.raises(EngineError, match=rf"engine.plan: {budget // mib}.0 MiB of .* from 0 to 100.0 MiB can be"):
+            executor_module._stream_weights(plan, engine, budget)
+
+
+def test_weight_budget_of_a_plan_without_streaming(oracle: OracleExecutor, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"engine.plan: built without weight streaming.*--weight-streaming"):
+        TensorRTExecutor.load(write_plan(tmp_path, oracle.spec), weight_budget=0)
 
 
 @pytest.mark.parametrize("kind", ["bound", "refit"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -84,6 +85,12 @@ def run(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.", rich_help_panel=_SAMPLING)]
     = None,
+    weight_budget_mib: Annotated[
+        float | None,
+        typer.Option("--weight-budget-mib", min=0, help="Weights to keep on the GPU, of an engine exported with "
+                     "--weight-streaming; the rest is read from host memory in every step.",
+                     show_default="what TensorRT finds best for free memory, leaving little to a KV cache")
+    ] = None,
     offload: Switch = False,
     key_cache_mib: KeyCacheMib = None,
     value_cache_mib: ValueCacheMib = None,
@@ -120,7 +127,7 @@ def run(
     with _quiet_endings():
         generator = _load(
             model, tokenizer=tokenizer, threads=threads, max_seq_len=max_seq_len, refresh_interval=refresh_interval,
-            offload=sizes,
+            offload=sizes, weight_budget=_bytes(weight_budget_mib),
         )
         options = {
             "max_new_tokens": max_new_tokens, "seed": seed, "temperature": temperature, "top_p": top_p, "top_k": top_k,
@@ -134,6 +141,13 @@ def run(
                 generator, system=system, raw=raw, report=report, options=options,
                 max_seq_len=max_seq_len or min(generator.max_seq_len, _INTERACTIVE_SEQ_LEN),
             )
+
+
+def _bytes(mib: float | None) -> int | None:
+    """Of --weight-budget-mib."""
+    if mib is not None and not math.isfinite(mib):
+        raise typer.BadParameter(f"{mib} is no size", param_hint="--weight-budget-mib")
+    return None if mib is None else int(mib * 2**20)
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str | None:

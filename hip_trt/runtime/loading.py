@@ -22,6 +22,7 @@ def load(
     prefill_chunk: int | None = None,
     refresh_interval: int | None = None,
     offload: Offload | None = None,
+    weight_budget: int | None = None,
 ) -> Generator:
     """Load an exported model, with the tokenizer and the generation config beside it.
 
@@ -30,14 +31,16 @@ def load(
         tokenizer: folder of another tokenizer than the one beside the model.
         threads: CPU threads, for .onnx.
         max_seq_len, prefill_chunk, refresh_interval, offload: see :class:`Generator`.
+        weight_budget: for a .plan built with weight streaming: bytes of weights to keep on the GPU; by default what
+            TensorRT finds best for the memory that is free, which leaves little to the KV cache.
 
     Returns:
         A generator; without a tokenizer it takes prompts as token ids.
 
     Raises:
-        EngineError: if the file is missing, damaged, or not from hip-trt.
+        EngineError: if the file is missing, damaged, or not from hip-trt, or ``weight_budget`` is not allowed.
         EnvironmentProblem: if what is needed to run it is not there.
-        RuntimeInputError: if ``offload`` is given for a .onnx.
+        RuntimeInputError: if ``offload`` or ``weight_budget`` is given for a .onnx.
 
     Example:
         >>> generator = load("build/model.onnx")                                    # doctest: +SKIP
@@ -49,13 +52,18 @@ def load(
     if path.suffix == ".onnx":
         if offload:
             refuse_offload(path)
+        if weight_budget is not None:
+            raise RuntimeInputError(
+                f"{path}: ONNX Runtime runs it on the CPU, and streams no weights.",
+                "Leave the weight budget out, or run an engine plan on a GPU.",
+            )
         from hip_trt.runtime.onnxruntime import OrtExecutor
 
         executor = OrtExecutor(path, threads=threads)
     elif path.suffix in (".plan", ".engine"):
         from hip_trt.runtime.tensorrt import TensorRTExecutor
 
-        executor = TensorRTExecutor.load(path)
+        executor = TensorRTExecutor.load(path, weight_budget=weight_budget)
     else:
         raise EngineError(f"{path}: neither .onnx nor .plan.", "Name a file that hip-trt export has made.")
     return Generator(

@@ -134,6 +134,11 @@ class TensorRTExecutor:
         path = Path(path)
         sidecar = verify_plan(path)
         sidecar.require_plugin(library.version())
+        if weight_budget is not None and not sidecar.weight_streaming:
+            raise EngineError(
+                f"{path}: built without weight streaming, so all its weights are on the GPU.",
+                "Leave the weight budget out, or export with --weight-streaming.",
+            )
         source = None if sidecar.weights == "embedded" else _model_of(path, sidecar)
         run_onnx = f"Or run the ONNX model on the CPU: hip-trt run {path.with_name(sidecar.model[0].name)}"
         gpu = current_gpu()
@@ -160,7 +165,7 @@ class TensorRTExecutor:
                 cause = log.cause("it gives no reason")
                 raise EngineError(f"{path}: {flavour} cannot load it: {cause}.", "Export the engine again.")
         if sidecar.weight_streaming:
-            _stream_weights(engine, weight_budget)
+            _stream_weights(path, engine, weight_budget)
         weights: dict[str, Tensor] = {}
         if source is not None and sidecar.weights == "refit":
             refit(engine, flavour, source)
@@ -319,9 +324,13 @@ def refit(engine: Any, flavour: Flavour, source: OnnxFile) -> None:
             raise EngineError(f"{path}: {flavour} cannot put its weights into the engine: {cause}.")
 
 
-def _stream_weights(engine: Any, budget: int | None) -> None:
+def _stream_weights(path: Path, engine: Any, budget: int | None) -> None:
     """Set how many bytes of weights stay on the GPU, before the first context is made."""
     most = engine.streamable_weights_size
     if budget is not None and not 0 <= budget <= most:
-        raise EngineError(f"weight_budget: {budget} is not allowed; it must be from 0 to {most}.")
+        raise EngineError(
+            f"{path}: {budget / 2**20:,.1f} MiB of weights cannot be kept on the GPU: "
+            f"from 0 to {most / 2**20:,.1f} MiB can be streamed.",
+            "Name a weight budget within that.",
+        )
     engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget() if budget is None else budget
