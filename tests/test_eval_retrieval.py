@@ -337,6 +337,8 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     ("options", "cause"),
     [(["--lengths", "8192"], "--lengths: 8192 tokens are beyond the model's context of 4096"),
      (["--lengths", "many"], "--lengths: 'many' is not allowed"),
+     (["--lengths", "256,0"], "--lengths: '256,0' is not allowed"),
+     (["--lengths", "-256"], "--lengths: '-256' is not allowed"),
      (["--question", "aloud"], "--question: 'aloud' is not known"),
      (["--dtype", "int8"], "--dtype: 'int8' is not known"),
      (["--grid", "absent.yaml"], "--grid absent.yaml: cannot be read"),

@@ -44,14 +44,14 @@ def numbers(option: str, given: str, *, example: str) -> list[int]:
     """Of an option such as ``--lengths``.
 
     Raises:
-        RuntimeInputError: they are no numbers.
+        RuntimeInputError: they are no whole numbers from 1 on.
     """
-    try:
-        return [int(part) for part in given.split(",") if part.strip()]
-    except ValueError:
+    words = names(given)
+    if not all(word.isascii() and word.isdigit() and int(word) for word in words):
         raise RuntimeInputError(
-            f"{option}: {given!r} is not allowed; it must be numbers with commas, such as {example}."
-        ) from None
+            f"{option}: {given!r} is not allowed; it must be whole numbers from 1 on with commas, such as {example}."
+        )
+    return [int(word) for word in words]
 
 
 def plugin_of(device: str) -> Path | None:

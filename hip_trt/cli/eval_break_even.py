@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hip_trt.cli.attention_options import OUT, Out, Seed, command, finish
+from hip_trt.cli.attention_options import OUT, Out, Seed, command, finish, numbers
 from hip_trt.cli.config_options import resolve_config, with_config_options
 
 _EPILOG = """
@@ -59,9 +59,9 @@ def break_even(
     from hip_trt.progress import Steps
 
     config = resolve_config(config_file, fields or {})
-    sizes, tokens, sequences = (
-        _numbers(name, text) for name, text in (("heads", heads), ("lengths", lengths), ("batches", batches))
-    )
+    sizes = numbers("--heads", heads, example="32,8,128")
+    tokens = numbers("--lengths", lengths, example="4096,8192")
+    sequences = numbers("--batches", batches, example="1,4,16")
     if len(sizes) != 3 or sizes[0] % sizes[1]:
         raise RuntimeInputError(f"--heads {heads}: not allowed.", "Give query heads, key/value heads and head size.")
     query_heads, kv_heads, head_dim = sizes
@@ -89,12 +89,3 @@ def break_even(
         limit=seconds, progress=steps.note, save=lambda data: finished(data).write(out),
     )
     finish(finished(data), out, break_even_study.plots(data))
-
-
-def _numbers(name: str, text: str) -> list[int]:
-    from hip_trt.errors import RuntimeInputError
-
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not all(word.isdigit() and int(word) for word in words):
-        raise RuntimeInputError(f"--{name} {text}: not allowed.", "Give whole numbers with commas between them.")
-    return [int(word) for word in words]

@@ -194,25 +194,23 @@ def scores_everything(changes: Mapping[str, Any], mode: str, tokens: int) -> boo
 
 def _reuse(hip: Sequence[Mapping[str, Any]], where: str) -> list[str]:
     """The longest refresh interval within the goal, for each group of rows that differ in nothing else."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    return [
+        f"{where}, {what or 'the default'}, worst text by refresh interval: "
+        + ", ".join(f"{interval}: {worst:+.2f}%" for interval, worst in series) + "."
+        for what, series in _by_interval(hip).items()
+    ]
+
+
+def _by_interval(hip: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """(refresh interval, change for the worst text) of decode rows that differ in nothing else, where there are three
+    or more, by what they have in common."""
+    groups: dict[str, list[tuple[int, float]]] = {}
     for row in hip:
         if row["mode"] == "decode":
-            others = {name: value for name, value in row["changes"].items() if name != "refresh_interval"}
-            groups.setdefault(str(sorted(others.items())), []).append(row)
-    said = []
-    for rows in groups.values():
-        if len(rows) < 3:
-            continue
-        rows = sorted(rows, key=_interval)
-        others = {name: value for name, value in rows[0]["changes"].items() if name != "refresh_interval"}
-        what = in_words(others) or "the default"
-        series = ", ".join(f"{_interval(row)}: {row['worst']:+.2f}%" for row in rows)
-        said.append(f"{where}, {what}, worst text by refresh interval: {series}.")
-    return said
-
-
-def _interval(row: Mapping[str, Any]) -> int:
-    return HipConfig.create(**row["changes"]).refresh_interval
+            others = {name: value for name, value in sorted(row["changes"].items()) if name != "refresh_interval"}
+            interval = HipConfig.create(**row["changes"]).refresh_interval
+            groups.setdefault(in_words(others), []).append((interval, row["worst"]))
+    return {what: sorted(series) for what, series in groups.items() if len(series) > 2}
 
 
 def _limit(sections: Sequence[Mapping[str, Any]]) -> str:
@@ -279,15 +277,11 @@ def _plot_budget(axes: Any, sections: Sequence[Mapping[str, Any]], mode: str) ->
 
 def _plot_intervals(axes: Any, sections: Sequence[Mapping[str, Any]]) -> None:
     for section in sections:
-        groups: dict[str, list[tuple[int, float]]] = {}
-        for row in section["rows"]:
-            others = {name: value for name, value in row["changes"].items() if name != "refresh_interval"}
-            if row["mode"] == "decode" and row["method"] == "hip" and "failed" not in row:
-                label = in_words(others) or "default"
-                groups.setdefault(label, []).append((_interval(row), row["worst"]))
-        for label, points in groups.items():
-            if len(points) > 2:
-                axes.plot(*zip(*sorted(points), strict=True), marker="o", label=f"{section['tokens']:,}: {label}")
+        hip = [row for row in section["rows"] if row["method"] == "hip" and "failed" not in row]
+        for what, series in _by_interval(hip).items():
+            axes.plot(
+                *zip(*series, strict=True), marker="o", label=f"{section['tokens']:,}: {what or 'default'}"
+            )
     axes.axhline(GOAL, color="gray", linestyle=":")
     axes.set(xlabel="refresh interval, steps", ylabel="change of perplexity, worst text, %",
              title="Decode, by refresh interval")
