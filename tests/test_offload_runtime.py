@@ -297,7 +297,9 @@ def test_nothing_to_offload_on_the_cpu(oracle: OracleExecutor, tmp_path: Path) -
 @pytest.fixture
 def run(oracle: OracleExecutor, host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """The command on a plan, which the stand-in executes."""
-    def stand_in(path: Path, *, offload: Offload | None, threads: int | None, tokenizer: None, **options: Any) -> Any:
+    def stand_in(path: Path, *, offload: Offload | None, **options: Any) -> Any:
+        for name in ("threads", "tokenizer", "weight_budget"):
+            assert options.pop(name) is None
         return Generator(make(oracle)[0], byte_tokenizer(), offload=offload, **options)
 
     monkeypatch.setattr(runtime, "load", stand_in)

@@ -440,7 +440,7 @@ needs_compiler = pytest.mark.skipif(compiler() is None, reason="needs a C++ comp
 def executor(oracle: OracleExecutor, host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: F811
     """What runs the plan, on an emulated GPU."""
     executor = make(oracle)[0]
-    monkeypatch.setattr(TensorRTExecutor, "load", lambda path: executor)
+    monkeypatch.setattr(TensorRTExecutor, "load", lambda path, **_: executor)
     return executor
 
 
