@@ -193,7 +193,7 @@ def scores_everything(changes: Mapping[str, Any], mode: str, tokens: int) -> boo
 
 
 def _reuse(hip: Sequence[Mapping[str, Any]], where: str) -> list[str]:
-    """The longest refresh interval within the goal, for each group of rows that differ in nothing else."""
+    """What the refresh interval costs the worst text, for each group of rows that differ in nothing else."""
     return [
         f"{where}, {what or 'the default'}, worst text by refresh interval: "
         + ", ".join(f"{interval}: {worst:+.2f}%" for interval, worst in series) + "."
@@ -279,9 +279,7 @@ def _plot_intervals(axes: Any, sections: Sequence[Mapping[str, Any]]) -> None:
     for section in sections:
         hip = [row for row in section["rows"] if row["method"] == "hip" and "failed" not in row]
         for what, series in _by_interval(hip).items():
-            axes.plot(
-                *zip(*series, strict=True), marker="o", label=f"{section['tokens']:,}: {what or 'default'}"
-            )
+            axes.plot(*zip(*series, strict=True), marker="o", label=f"{section['tokens']:,}: {what or 'default'}")
     axes.axhline(GOAL, color="gray", linestyle=":")
     axes.set(xlabel="refresh interval, steps", ylabel="change of perplexity, worst text, %",
              title="Decode, by refresh interval")
