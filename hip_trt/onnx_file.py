@@ -25,7 +25,7 @@ from torch import Tensor
 from hip_trt import operator
 from hip_trt.errors import EngineError
 from hip_trt.files import sha256
-from hip_trt.spec import METADATA_KEY, ModelSpec
+from hip_trt.spec import METADATA_KEY, ModelSpec, require_format
 
 WEIGHTS_KEY = "hip_trt_weights"
 """Key of the ONNX metadata entry that holds :data:`WEIGHTS_FILES` in JSON."""
@@ -102,7 +102,7 @@ def read_onnx(path: str | Path) -> OnnxFile:
 
     Raises:
         EngineError: the file or its weights are missing, damaged, changed or outside its folder, or it is not from
-            hip-trt.
+            hip-trt, or of another format.
     """
     path = Path(path)
     if not path.is_file():
@@ -114,7 +114,7 @@ def read_onnx(path: str | Path) -> OnnxFile:
     except DecodeError:
         raise EngineError(f"{path}: not an ONNX file, or a damaged one.", _EXPORT_AGAIN) from None
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    spec = _spec(path, metadata)
+    spec = _spec(path, metadata, model)
     ends = _data_ends(path, model)
     checksums = {path.parent / record.name: record for record in _records(path, metadata) if record.name in ends}
     for location, end in ends.items():
@@ -122,9 +122,11 @@ def read_onnx(path: str | Path) -> OnnxFile:
     return OnnxFile(path, model, spec, tuple(path.parent / location for location in ends), checksums)
 
 
-def _spec(path: Path, metadata: dict[str, str]) -> ModelSpec:
+def _spec(path: Path, metadata: dict[str, str], model: onnx.ModelProto) -> ModelSpec:
     if METADATA_KEY not in metadata:
         raise EngineError(f"{path}: not a model exported by hip-trt: no {METADATA_KEY} in its metadata.", _EXPORT_AGAIN)
+    versions = {imported.domain: imported.version for imported in model.opset_import}
+    require_format(path, versions.get(operator.DOMAIN), model.producer_version)
     try:
         return ModelSpec.model_validate_json(metadata[METADATA_KEY])
     except ValidationError as error:

@@ -12,6 +12,8 @@ from hip_trt.config import HipConfig
 DOMAIN: Final = "hip.trt"
 OP_TYPE: Final = "HipAttention"
 OP_VERSION: Final = 1
+"""Version of the contract. Exported models and engines carry it as their format version, and it alone decides whether
+another hip-trt runs them (docs/compatibility.md)."""
 
 INPUTS: Final = (
     "query", "key", "value", "past_key", "past_value", "page_table", "past_lengths", "query_lengths", "past_nodes",

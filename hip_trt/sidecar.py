@@ -13,11 +13,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hip_trt import files
-from hip_trt.errors import EngineError, PluginError
+from hip_trt import files, operator
+from hip_trt.errors import EngineError
 from hip_trt.gpu import ComputeCapability, Gpu
 from hip_trt.runtime.executor import Limits
-from hip_trt.spec import ModelSpec
+from hip_trt.spec import ModelSpec, require_format
 from hip_trt.tensorrt_flavour import Flavour, FlavourName, covers
 
 ProfileName = Literal["prefill", "decode"]
@@ -31,7 +31,14 @@ _EXPORT_AGAIN = "Export the engine again with `hip-trt export`."
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")  # what a later hip-trt may add
+
+
+class _Header(_Record):
+    """What a sidecar of any version has."""
+
+    format_version: int
+    hip_trt_version: str
 
 
 class FileRecord(_Record):
@@ -90,7 +97,7 @@ class Sidecar(_Record):
     """Everything known about one plan.
 
     Attributes:
-        format_version: raised when the meaning of a field changes.
+        format_version: the operator's, see :data:`hip_trt.operator.OP_VERSION`.
         plan: the plan file.
         model: the ONNX file, then its external data.
         weights: where the weights are; unless "embedded", the files of ``model`` must stay beside the plan.
@@ -108,7 +115,7 @@ class Sidecar(_Record):
         created: when, with its time zone.
     """
 
-    format_version: Literal[1] = 1
+    format_version: int = operator.OP_VERSION
     plan: FileRecord
     model: tuple[FileRecord, ...]
     weights: PlanWeights = "embedded"
@@ -136,18 +143,6 @@ class Sidecar(_Record):
         """Whether the plan was built for GPUs of this compute capability."""
         built_for = [ComputeCapability.parse(text) for text in self.compute_capabilities]
         return covers(built_for, capability) if self.flavour == "tensorrt-rtx" else capability in built_for
-
-    def require_plugin(self, plugin_version: str) -> None:
-        """Check that a plugin library can run the plan.
-
-        Raises:
-            PluginError: the plan was built with another plugin version.
-        """
-        if plugin_version != self.plugin_version:
-            raise PluginError(
-                f"{self.plan.name}: built with plugin version {self.plugin_version}; here is {plugin_version}.",
-                _EXPORT_AGAIN,
-            )
 
     def require_environment(self, *, flavour: Flavour, gpu: Gpu) -> None:
         """Check that a TensorRT and a GPU can run the plan.
@@ -192,6 +187,8 @@ def read_sidecar(plan: str | Path) -> Sidecar:
     except (OSError, UnicodeDecodeError) as error:
         raise EngineError(f"{path}: cannot be read: {error}.") from None
     try:
+        header = _Header.model_validate_json(text)
+        require_format(path, header.format_version, header.hip_trt_version)
         return Sidecar.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]

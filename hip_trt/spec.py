@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from hip_trt import operator
 from hip_trt.config import HipConfig
+from hip_trt.errors import EngineError
 
 DType = Literal["float16", "bfloat16", "float32"]
 Logits = Literal["last", "all"]
@@ -16,8 +19,27 @@ METADATA_KEY = "hip_trt"
 """Key of the ONNX metadata entry that holds :meth:`ModelSpec.model_dump_json`."""
 
 
+def require_format(what: object, found: int | None, made_by: str) -> None:
+    """Check that a model or an engine is of this version of the operator's contract, and so can be run.
+
+    Args:
+        what: the file, for the message.
+        found: the version in it; None: none.
+        made_by: version of the hip-trt that made it, as far as the file says.
+
+    Raises:
+        EngineError: it is of another.
+    """
+    if found != operator.OP_VERSION:
+        raise EngineError(
+            f"{what}: made by hip-trt {made_by or 'of an unknown version'} in format {found or 'none'}; this is hip-trt "
+            f"{version('hip-trt')}, which reads format {operator.OP_VERSION}.",
+            "Export it again with `hip-trt export`.",
+        )
+
+
 class ModelSpec(BaseModel):
-    """Facts about an exported model that a runtime needs.
+    """Facts about an exported model that a runtime needs. Fields that a later hip-trt may add are passed over.
 
     Attributes:
         model_type: the transformers model type, such as "llama".
@@ -29,7 +51,7 @@ class ModelSpec(BaseModel):
         hip_trt_version: version of hip-trt that exported the model.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     model_type: str
     source: str

@@ -166,6 +166,14 @@ def install_command(name: FlavourName) -> str:
     return f"pip install 'hip-trt[{name}]'"
 
 
+def nothing_in_common_remedy() -> str:
+    """What to do where TensorRT-RTX builds for none of the GPUs that the plugin was compiled for: those are Hopper's."""
+    return (
+        f"For Hopper: {install_command('tensorrt')}, and --runtime tensorrt on a machine with that GPU. For other GPUs: "
+        "install hip-trt again without HIP_TRT_CUDA_ARCHITECTURES."
+    )
+
+
 def find_flavour(choice: RuntimeChoice = "auto", *, gpu: Gpu | None = None) -> Flavour:
     """The flavour to use.
 

@@ -14,7 +14,9 @@ import pytest
 import typer
 from checkpoints import save_checkpoint
 from tiny_graph import save, tiny_model, tiny_spec
+from typer.models import OptionInfo
 from typer.testing import CliRunner, Result
+from typer.utils import get_params_from_function
 
 import hip_trt.export
 from hip_trt.cli.app import app
@@ -81,6 +83,21 @@ def test_help_of_export_teaches() -> None:
         assert (field.description or "").split(";")[0].split()[-1] in result.stdout
     for default in ("(1024)", "(kv)", "(none)", "(the model's context length)"):
         assert f"default: {default}" in result.stdout
+
+
+def test_options_do_not_depend_on_how_typer_names_them() -> None:
+    """Typer 0.27.0 to 0.27.2 name an option after a metavar that spells the same: --MODEL in place of --model."""
+    apps, options = [app], 0
+    while apps:
+        group = apps.pop()
+        apps += [registered.typer_instance for registered in group.registered_groups]
+        for command in group.registered_commands:
+            for name, parameter in get_params_from_function(command.callback).items():
+                if isinstance(option := parameter.default, OptionInfo):
+                    options += 1
+                    spelled = (option.metavar or "").replace("-", "_").lower()
+                    assert option.param_decls or spelled != name, f"{command.callback}: name --{name} in its Option"
+    assert options > 100
 
 
 def test_wrong_usage_exits_with_2() -> None:

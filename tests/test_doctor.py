@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import struct
 from collections.abc import Callable
@@ -32,12 +33,20 @@ class Machine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.flavours = {"tensorrt-rtx": "1.7.1"}
         self.driver: Driver | None = None
-        self.packages = set(doctor._EXPORT_PACKAGES)
+        self.packages: dict[str, str | None] = {}  # other versions than those here; None: not installed
         self.plugin: Callable[[], Path] = lambda: Path("libhip_trt_plugin.so")
         monkeypatch.setattr(doctor, "cuda_driver", lambda: self.driver)
         monkeypatch.setattr(doctor, "installed", lambda: tuple(self.flavours))
         monkeypatch.setattr(doctor, "find_flavour", self.find_flavour)
-        monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name in self.packages or None)
+        installed = importlib.metadata.version
+
+        def version(name: str) -> str:
+            found = self.packages.get(name, "")
+            if found is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return found or installed(name)
+
+        monkeypatch.setattr(doctor.importlib.metadata, "version", version)
         monkeypatch.setattr(doctor, "compiled_for", lambda path: KERNELS)
         monkeypatch.setattr(library, "plugin_path", lambda: self.plugin())
         monkeypatch.setattr(library, "version", lambda: "0.1.0")
@@ -60,11 +69,18 @@ def check(name: str) -> Check:
     return next(item for item in diagnose().checks if item.name == name)
 
 
+def task(name: str) -> Check:
+    return next(item for item in diagnose().tasks if item.name == name)
+
+
 def test_without_a_gpu_models_can_be_exported(machine: Machine) -> None:
     assert diagnose().can_export
     assert "builds, without a GPU, for 8.0, 8.9, 12.0" in check("tensorrt-rtx").found
     assert (check("GPU").status, check("plugin").status) == ("note", "ok")
     assert "kernels for 8.0, 9.0" in check("plugin").found
+    assert [(item.name, item.status) for item in diagnose().tasks] == [("export", "ok"), ("build", "ok"), ("run", "note")]
+    assert "tensorrt-rtx" in task("build").found
+    assert "No engine: no CUDA driver" in task("run").found
 
 
 def test_hopper_is_refused_by_rtx(machine: Machine) -> None:
@@ -76,9 +92,11 @@ def test_hopper_is_refused_by_rtx(machine: Machine) -> None:
     )
     assert "hip-trt[tensorrt]" in found.remedy
     assert diagnose().can_export
+    assert (task("run").status, task("run").remedy) == ("note", found.remedy)
     machine.flavours["tensorrt"] = "10.14"
     assert check("GPU 0").status == "ok"
     assert check("GPU 0").found.endswith("tensorrt can run on it")
+    assert task("run").status == "ok"
 
 
 def test_every_gpu_is_looked_at(machine: Machine) -> None:
@@ -90,6 +108,15 @@ def test_gpu_without_kernels(machine: Machine) -> None:
     machine.driver = Driver("13.0", (Gpu(0, "NVIDIA GeForce RTX 5090", ComputeCapability(12, 0), 32_000_000_000),))
     assert "no kernels" in check("GPU 0").found
     assert "HIP_TRT_CUDA_ARCHITECTURES=120" in check("GPU 0").remedy
+
+
+def test_plugin_for_hopper_alone(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper = CompiledFor(frozenset({ComputeCapability(9, 0)}), frozenset())
+    monkeypatch.setattr(doctor, "compiled_for", lambda path: hopper)
+    assert (check("plugin").status, task("build").status) == ("problem", "problem")
+    assert "hip-trt[tensorrt]" in task("build").remedy
+    machine.driver, machine.flavours = Driver("13.0", (HOPPER,)), {"tensorrt-rtx": "1.7.1", "tensorrt": "10.14"}
+    assert (check("plugin").status, task("run").status) == ("ok", "ok")
 
 
 def test_driver_that_shows_no_gpu(machine: Machine) -> None:
@@ -111,6 +138,8 @@ def test_no_tensorrt(machine: Machine) -> None:
     machine.flavours = {}
     assert not diagnose().can_export
     assert (check("TensorRT").status, check("plugin").status) == ("problem", "ok")
+    assert (task("export").status, task("build").status, task("run").status) == ("ok", "problem", "note")
+    assert "hip-trt[tensorrt-rtx]" in task("build").remedy
 
 
 def test_tensorrt_that_cannot_be_imported(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,15 +155,29 @@ def test_missing_package_and_plugin(machine: Machine) -> None:
     def plugin_path() -> Path:
         raise PluginError("it is not here.", "Install hip-trt again.")
 
-    machine.packages -= {"onnxscript"}
+    machine.packages["onnxscript"] = None
     machine.plugin = plugin_path
     assert check("onnxscript") == Check(
-        name="onnxscript", status="problem", found="not installed", remedy="pip install onnxscript"
+        name="onnxscript", status="problem", found="not installed", remedy="pip install 'onnxscript>=0.7.1'"
     )
+    assert {item.status for item in diagnose().tasks} == {"problem"}
+    assert task("run").found == "onnxscript: not installed"
     assert check("plugin") == Check(
         name="plugin", status="problem", found="it is not here.", remedy="Install hip-trt again."
     )
     assert not diagnose().can_export
+
+
+def test_versions_outside_the_declared_ranges(machine: Machine) -> None:
+    """Of any requirement, although only the main ones are shown when all is well."""
+    assert "numpy" not in {item.name for item in diagnose().checks}
+    machine.packages.update(numpy="1.26.4", torch="2.8.0")
+    assert check("numpy") == Check(
+        name="numpy", status="problem", found="1.26.4, which hip-trt does not work with",
+        remedy="pip install 'numpy>=2.0'",
+    )
+    assert check("torch").status == "problem"
+    assert task("export").remedy == check("torch").remedy
 
 
 def test_low_disk_and_old_python(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -150,7 +193,8 @@ def test_low_disk_and_old_python(machine: Machine, monkeypatch: pytest.MonkeyPat
 def test_command(machine: Machine) -> None:
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["doctor"])
     assert result.exit_code == 0
-    assert "Models can be exported here" in result.stdout
+    assert "What works here" in result.stdout
+    assert "✓  export" in result.stdout
     machine.flavours = {}
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["doctor"])
     assert result.exit_code == 1
@@ -160,6 +204,7 @@ def test_command(machine: Machine) -> None:
     report = json.loads(result.stdout)
     assert not report["can_export"]
     assert {"name": "torch", "status": "ok"}.items() <= report["checks"][1].items()
+    assert [item["name"] for item in report["tasks"]] == ["export", "build", "run"]
 
 
 def test_this_machine() -> None:

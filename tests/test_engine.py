@@ -337,6 +337,12 @@ def test_gpus_without_kernels(onnx_path: Path, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(EngineError) as error:
         build_engine(onnx_path, tmp_path / "engine.plan", compute_capabilities=["8.9", "12.0"])
     one_line(error, "no kernels for 12.0", "it has them for 8.0", "HIP_TRT_CUDA_ARCHITECTURES=120")
+    hopper = CompiledFor(frozenset({ComputeCapability(9, 0)}), frozenset())
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "compiled_for", lambda path: hopper)
+        with pytest.raises(EngineError) as error:
+            build_engine(onnx_path, tmp_path / "engine.plan")
+        one_line(error, "does not run on Hopper GPUs", "kernels for 9.0 alone", "pip install 'hip-trt[tensorrt]'")
     flavour = tensorrt_on_rtx(monkeypatch, HOPPER)
     with pytest.raises(EngineError) as error:
         build_engine(onnx_path, tmp_path / "engine.plan", runtime=flavour)
@@ -551,7 +557,7 @@ def edit_sidecar(path: Path, **fields: Any) -> None:
     (lambda path: sidecar_path(path).unlink(), ("engine.plan.json is missing",)),
     (lambda path: sidecar_path(path).write_text("{"), ("engine.plan.json: not the description of a plan", "JSON")),
     (lambda path: sidecar_path(path).write_bytes(b"\xff"), ("engine.plan.json: cannot be read",)),
-    (lambda path: edit_sidecar(path, format_version=2), ("engine.plan.json", "format_version")),
+    (lambda path: edit_sidecar(path, format_version=2), ("engine.plan.json", "format 2", "reads format 1", "again")),
     (lambda path: edit_sidecar(path, spec={"hip": {}}), ("engine.plan.json", "spec.")),
 ], ids=["byte", "truncated", "missing", "no sidecar", "not JSON", "not text", "format", "spec"])
 def test_damaged_plans(plan: Path, damage: Callable[[Path], Any], parts: tuple[str, ...]) -> None:
@@ -569,10 +575,6 @@ def test_environment(built: Path) -> None:
         described.require_environment(flavour=flavour, gpu=gpu)
 
     require(described)
-    described.require_plugin(library.version())
-    with pytest.raises(PluginError) as plugin_error:
-        described.require_plugin("9.9.9")
-    one_line(plugin_error, "built with plugin version", "here is 9.9.9", "Export the engine again")
     with pytest.raises(EngineError) as error:
         require(described, gpu=HOPPER)
     one_line(error, "compute capability 8.0", "NVIDIA H200 has 9.0")

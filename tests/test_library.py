@@ -15,6 +15,7 @@ import torch
 from operator_cases import SMALL, make_inputs, named
 
 from hip_trt import library as binding
+from hip_trt import operator as names
 from hip_trt.config import HipConfig
 from hip_trt.errors import ConfigError, PluginError, RuntimeInputError
 from hip_trt.library import Library, Shape
@@ -47,10 +48,11 @@ def test_structs_are_those_of_the_header(tmp_path: Path) -> None:
         pytest.skip("no C++ compiler")
     structs = {"HipTrtConfig": binding.ConfigStruct, "HipTrtShape": binding.ShapeStruct,
                "HipTrtParams": binding.ParamsStruct}
-    facts = ['"abi", (long)HIP_TRT_ABI_VERSION', '"cuda_error", (long)HIP_TRT_CUDA_ERROR',
+    facts = ['"abi", (long)HIP_TRT_ABI_VERSION', '"operator", (long)HIP_TRT_OPERATOR_VERSION',
+             '"cuda_error", (long)HIP_TRT_CUDA_ERROR',
              '"float16", (long)HIP_TRT_FLOAT16', '"bfloat16", (long)HIP_TRT_BFLOAT16',
              '"float32", (long)HIP_TRT_FLOAT32']
-    expected = {"abi": binding.ABI_VERSION, "cuda_error": binding._CUDA_ERROR,
+    expected = {"abi": binding.ABI_VERSION, "operator": names.OP_VERSION, "cuda_error": binding._CUDA_ERROR,
                 **{str(dtype)[6:]: number for dtype, number in binding._TYPES.items()}}
     for name, struct in structs.items():
         facts.append(f'"{name}", (long)sizeof({name})')
@@ -169,7 +171,7 @@ def test_refuses_another_version(library: Library, monkeypatch: pytest.MonkeyPat
 
 def test_refuses_another_abi(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(binding, "ABI_VERSION", 2)
-    with pytest.raises(PluginError, match="with ABI 1, but the package"):
+    with pytest.raises(PluginError, match="and ABI 1, but the package"):
         type(library)(library.path)
 
 

@@ -209,16 +209,19 @@ def test_every_bad_field_is_named(flavour: Flavour, creator: Any) -> None:
     assert len(errors) == len(ATTRIBUTES) + 1
 
 
-def test_engine_of_another_plugin_version(flavour: Flavour, creator: Any) -> None:
-    version = library.version()
-    plugin, errors = create(flavour, creator, {**ATTRIBUTES, "hip_trt_version": version}, "RUNTIME")
+def test_engine_of_another_version(flavour: Flavour, creator: Any) -> None:
+    """What decides is the operator's version, not hip-trt's."""
+    stored = {**ATTRIBUTES, "hip_trt_version": "0.0.7", "operator_version": names.OP_VERSION}
+    plugin, errors = create(flavour, creator, stored, "RUNTIME")
     assert plugin is not None
     assert errors == []
-    plugin, errors = create(flavour, creator, {**ATTRIBUTES, "hip_trt_version": "0.0.7"}, "RUNTIME")
+    newer = names.OP_VERSION + 1
+    plugin, errors = create(flavour, creator, {**stored, "operator_version": newer}, "RUNTIME")
     assert plugin is None
     assert errors == [
-        f"HipAttention (layer): the engine was built by plugin version 0.0.7, and this library is version {version}. "
-        "Build the engine again, or install hip-trt 0.0.7."
+        f"HipAttention (layer): the engine was built by hip-trt 0.0.7 and computes version {newer} of the operator; this "
+        f"library, of hip-trt {library.version()}, computes version {names.OP_VERSION}. Export the model again, or "
+        "install hip-trt 0.0.7."
     ]
 
 

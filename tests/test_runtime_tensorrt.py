@@ -6,6 +6,7 @@ profile, shapes and addresses, and that failures become errors with TensorRT's o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from tiny_plan import LIMITS, sidecar, write_plan
 from hip_trt import library
 from hip_trt import operator as names
 from hip_trt.config import HipConfig
-from hip_trt.errors import EngineError, EnvironmentProblem, PluginError
+from hip_trt.errors import EngineError, EnvironmentProblem
 from hip_trt.onnx_file import read_onnx
 from hip_trt.runtime import Generator, Session
 from hip_trt.runtime import tensorrt as executor_module
@@ -278,10 +279,24 @@ def test_plan_without_a_gpu(oracle: OracleExecutor, tmp_path: Path, monkeypatch:
         TensorRTExecutor.load(write_plan(tmp_path, oracle.spec))
 
 
-def test_plan_of_another_plugin_version(oracle: OracleExecutor, tmp_path: Path) -> None:
+def test_plan_of_another_format(oracle: OracleExecutor, tmp_path: Path) -> None:
     """Said before a GPU is asked for, so that it is said everywhere."""
-    with pytest.raises(PluginError, match=r"engine.plan: built with plugin version 0.0.9; here is "):
-        TensorRTExecutor.load(write_plan(tmp_path, oracle.spec, plugin_version="0.0.9"))
+    plan = write_plan(tmp_path, oracle.spec, format_version=names.OP_VERSION + 1, hip_trt_version="9.9.9")
+    message = rf"engine.plan.json: made by hip-trt 9.9.9 in format {names.OP_VERSION + 1}; this is .* reads format {names.OP_VERSION}\."
+    with pytest.raises(EngineError, match=message):
+        TensorRTExecutor.load(plan)
+
+
+def test_plan_of_another_hip_trt_runs(
+    oracle: OracleExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the format decides; fields that a later version adds are passed over."""
+    monkeypatch.setattr(executor_module, "current_gpu", lambda: None)
+    plan = write_plan(tmp_path, oracle.spec, plugin_version="9.9.9", hip_trt_version="9.9.9")
+    beside = sidecar_path(plan)
+    beside.write_text(json.dumps({**json.loads(beside.read_text()), "later": 1}))
+    with pytest.raises(EnvironmentProblem, match="needs a GPU"):  # the first thing that this machine lacks
+        TensorRTExecutor.load(plan)
 
 
 def test_damaged_plan(oracle: OracleExecutor, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from hip_trt import library as libraries
 from hip_trt.cli.app import app
 from hip_trt.cli.run import run as run_command
 from hip_trt.cli.serve_repo import serve_repo
+from hip_trt.sidecar import sidecar_path
 from hip_trt.offload import Offload
 from hip_trt.offload.settings import KEY_SHARE, VALUE_SHARE
 from hip_trt.runtime import Generator
@@ -54,7 +55,6 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     plugin = tmp_path / "libhip_trt_plugin.so"
     plugin.write_bytes(b"library")
     monkeypatch.setattr(libraries, "plugin_path", lambda: plugin)
-    monkeypatch.setattr(libraries, "version", lambda: "0.1.0")
     folder = tmp_path / "plan"
     folder.mkdir()
     byte_tokenizer().save_pretrained(folder)
@@ -195,8 +195,11 @@ def test_bad_requests(onnx_path: Path, plan: Path, tmp_path: Path, monkeypatch: 
     bare = shutil.copytree(onnx_path.parent, tmp_path / "bare")
     (bare / "tokenizer_config.json").unlink()
     assert refused(run(bare / "model.onnx", "--out", out), "there is no tokenizer beside the model")
-    monkeypatch.setattr(libraries, "version", lambda: "0.2.0")
-    assert refused(run(plan, "--out", out), "built with plugin version 0.1.0; here is 0.2.0")
+    beside = sidecar_path(plan)
+    described = beside.read_text()
+    beside.write_text(described.replace('"format_version":', '"format_version": 9'))
+    assert refused(run(plan, "--out", out), "in format 9")
+    beside.write_text(described)
     plan.write_bytes(b"plaN")
     assert refused(run(plan, "--out", out), "damaged")
     assert not out.exists()

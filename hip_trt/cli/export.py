@@ -64,7 +64,7 @@ def export(
     model: Annotated[
         str,
         typer.Option(
-            metavar="MODEL", rich_help_panel=_MODEL_PANEL,
+            "--model", metavar="MODEL", rich_help_panel=_MODEL_PANEL,
             help="A Hugging Face folder, a .gguf file, a hub id, or an .onnx file exported before.",
         ),
     ],

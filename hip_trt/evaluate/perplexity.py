@@ -108,16 +108,17 @@ def read(model: Any, tokens: Sequence[int], *, skip: int = 0, prompt: int = 0, c
         RuntimeInputError: the text is too short, or a loss is not finite.
     """
     from hip_trt.evaluate.teacher_forced import stretches
+    from hip_trt.huggingface import cache_argument, output_cache
 
     likelihood = LogLikelihood(tokens, skip=skip)
     with torch.inference_mode():
         for start, end in stretches(len(tokens), prompt, chunk):
             counts = end > skip
             output = model(
-                torch.tensor([list(tokens[start:end])], device=model.device), past_key_values=cache, use_cache=True,
-                logits_to_keep=0 if counts else 1,
+                torch.tensor([list(tokens[start:end])], device=model.device), use_cache=True,
+                logits_to_keep=0 if counts else 1, **cache_argument(model, cache),
             )
-            cache = output.past_key_values
+            cache = output_cache(model, output)
             if counts:
                 likelihood.add(output.logits[0], start)
     losses = likelihood.losses

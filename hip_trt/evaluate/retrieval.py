@@ -122,16 +122,15 @@ def ask(model: Any, probe: Probe, choice: Choice, *, asked: Asked = "prefill", a
         For each fact, how many tokens of its answer are right before the first wrong one. Right tokens are fed in
         either case, so an answer that is right as a whole is what greedy decoding (among the candidates) gives.
     """
-    from hip_trt.huggingface import patch, unpatch
+    from hip_trt.huggingface import cache_argument, output_cache, patch, unpatch
 
     if choice.config is not None:
         patch(model, choice.config)
     try:
         with torch.inference_mode():
             context = probe.context[None].to(model.device)
-            cache = model(
-                context, past_key_values=_cache(model, probe, choice), use_cache=True, logits_to_keep=1
-            ).past_key_values
+            given = cache_argument(model, _cache(model, probe, choice))
+            cache = output_cache(model, model(context, use_cache=True, logits_to_keep=1, **given))
             if choice.method != "hip":
                 return [_answer_at_once(model, copy.deepcopy(cache), probe, fact) for fact in probe.facts]
             found: list[int] = []
@@ -172,17 +171,23 @@ def _answers(
     model: Any, cache: Any, probe: Probe, question: Tensor, answer: Tensor, asked: Asked
 ) -> list[int]:
     """Leading tokens of each answer that are right, decoded. question: [N, Q], answer: [N, A]."""
+    from hip_trt.huggingface import cache_argument
+
+    given = cache_argument(model, cache)
     calls = [question] if asked == "prefill" else [*torch.split(question, 1, dim=1)]
     calls += torch.split(answer[:, :-1], 1, dim=1)
-    logits = [model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits for tokens in calls]
+    logits = [model(tokens, use_cache=True, logits_to_keep=1, **given).logits for tokens in calls]
     return _leading(_right(torch.cat(logits[-answer.shape[1] :], dim=1), answer, probe.candidates))
 
 
 def _answer_at_once(model: Any, cache: Any, probe: Probe, fact: Fact) -> int:
     """The same for one fact, in one call: for caches in which every token chooses blocks by itself."""
+    from hip_trt.huggingface import cache_argument
+
     tokens = torch.tensor([[*fact.question, *fact.answer]], device=model.device)
     count = len(fact.answer)
-    logits = model(tokens[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=count).logits
+    given = cache_argument(model, cache)
+    logits = model(tokens[:, :-1], use_cache=True, logits_to_keep=count, **given).logits
     return _leading(_right(logits, tokens[:, -count:], probe.candidates))[0]
 
 

@@ -2,5 +2,6 @@
 
 from hip_trt.huggingface.attention import patch, unpatch
 from hip_trt.huggingface.cache import HipCache
+from hip_trt.huggingface.cache_name import cache_argument, output_cache
 
-__all__ = ["HipCache", "patch", "unpatch"]
+__all__ = ["HipCache", "cache_argument", "output_cache", "patch", "unpatch"]

@@ -19,6 +19,7 @@ from transformers.masking_utils import causal_mask_function
 from hip_trt.config import HipConfig
 from hip_trt.errors import CheckpointError, ConfigError, RuntimeInputError
 from hip_trt.huggingface.cache import HipCache
+from hip_trt.huggingface.cache_name import CACHE_NAMES, CacheName, cache_name
 from hip_trt.model_support import check_call, check_model, limits, resolve_context
 from hip_trt.offload import Offload
 
@@ -49,7 +50,7 @@ def patch(
             in another way beyond some length (a sliding window) can be patched up to it.
         offload: keep KV caches in host memory, served by so much of the GPU's; None: on the GPU. Results are the same
             bits. A cache's memory is given back when the cache goes, or at :func:`unpatch`. Of a cache that is kept,
-            ``past_key_values.offloaded.stats()`` says what happened.
+            ``cache.offloaded.stats()`` says what happened.
 
     Returns:
         The model.
@@ -83,7 +84,7 @@ def patch(
     model.set_attn_implementation(ATTENTION)
     offloaded: WeakSet[HipCache] = WeakSet()
     handle = model.base_model.register_forward_pre_hook(
-        _give_cache(config, context, offload, offloaded), with_kwargs=True
+        _give_cache(config, context, offload, offloaded, cache_name(type(model.base_model))), with_kwargs=True
     )
     _patched[model] = implementation, handle, offloaded
     return model
@@ -114,30 +115,35 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _give_cache(
-    config: HipConfig, max_context: int | None, offload: Offload | None, offloaded: WeakSet[HipCache]
+    config: HipConfig, max_context: int | None, offload: Offload | None, offloaded: WeakSet[HipCache], name: CacheName
 ) -> Callable[..., Any]:
-    """The hook: calls get a HipCache, in place of the empty DynamicCache that generate() brings."""
+    """The hook: calls get a HipCache, in place of the empty DynamicCache that generate() brings.
+
+    Args:
+        name: what the model calls its cache. A caller may use the other name; the model would rename it after the hook.
+    """
 
     def hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
+        names = ("input_ids", "attention_mask", "position_ids", name)
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         model_config: Any = model.config
         if kwargs.get("output_attentions") or (
             kwargs.get("output_attentions") is None and getattr(model_config, "output_attentions", False)
         ):
             raise RuntimeInputError("output_attentions: HiP has no attention weights to give.", "Leave it out.")
-        cache = kwargs.get("past_key_values")
+        given = [cache for cache in (kwargs.pop(other, None) for other in CACHE_NAMES) if cache is not None]
+        cache, keep = given[0] if given else None, True
         if not isinstance(cache, HipCache):
             if cache is not None and not (type(cache) is DynamicCache and cache.get_seq_length() == 0):
                 raise RuntimeInputError(
-                    f"past_key_values: a {type(cache).__name__} is not allowed.",
+                    f"{name}: a {type(cache).__name__} is not allowed.",
                     "Leave it out, or give a hip_trt.huggingface.HipCache.",
                 )
             use_cache = kwargs.get("use_cache")
             keep = cache is not None or (model_config.use_cache if use_cache is None else use_cache)
             cache = HipCache(model_config, config, offload=offload)
-            if keep:
-                kwargs["past_key_values"] = cache
+        if keep:
+            kwargs[name] = cache
         if cache.in_host_memory:
             offloaded.add(cache)
         if max_context is not None:

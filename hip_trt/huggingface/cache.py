@@ -77,7 +77,7 @@ class _HostPools:
             key: [B, Hkv, S, D], for its type, device and sizes.
         """
         if self.closed:
-            raise RuntimeInputError("past_key_values: its host memory has been released.", "Begin with a new cache.")
+            raise RuntimeInputError("cache: its host memory has been released.", "Begin with a new cache.")
         batch, kv_heads, _, head_dim = key.shape
         if self.cache is None:
             geometry = Geometry(
@@ -104,7 +104,7 @@ class _HostPools:
 
     def __deepcopy__(self, memo: Any) -> _HostPools:
         raise RuntimeInputError(
-            "past_key_values: a cache in host memory cannot be copied.",
+            "cache: a cache in host memory cannot be copied.",
             "Compute the prefix again, or leave offload out.",
         )
 
@@ -163,7 +163,7 @@ class HipLayer(CacheLayerMixin):  # type: ignore[misc]
             self._allocate(key, self.config.num_masks(query_heads, key.shape[1]))
         if self.lengths.shape[0] != batch:
             raise RuntimeInputError(
-                f"past_key_values: the cache holds {self.lengths.shape[0]} sequences, the call has {batch}.",
+                f"cache: the cache holds {self.lengths.shape[0]} sequences, the call has {batch}.",
                 "Use a new cache for another batch.",
             )
         self._reserve(self._columns + tokens, key)

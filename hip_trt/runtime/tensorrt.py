@@ -133,7 +133,7 @@ class TensorRTExecutor:
         """
         path = Path(path)
         sidecar = verify_plan(path)
-        sidecar.require_plugin(library.version())
+        library.load()  # missing or damaged: said before anything takes long
         if weight_budget is not None and not sidecar.weight_streaming:
             raise EngineError(
                 f"{path}: built without weight streaming, so all its weights are on the GPU.",

@@ -58,7 +58,6 @@ def write_repository(
 
     Raises:
         EngineError: the model or its weights are missing or damaged.
-        PluginError: the plan was built with another plugin version, or the library is missing.
         ExportError: a name is not allowed or taken, the tokenizer is missing, or the disk is full.
         RuntimeInputError: ``instances`` is not positive, or ``offload`` is given for a .onnx.
     """
@@ -73,7 +72,6 @@ def write_repository(
         files, spec = list(source.files), source.spec
     else:
         sidecar = verify_plan(model)
-        sidecar.require_plugin(library.version())
         spec = sidecar.spec
         files = [model, sidecar_path(model)]
         if sidecar.weights != "embedded":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hip_trt import operator as names
 from hip_trt.errors import CheckpointError
-from hip_trt.huggingface import HipCache, patch
+from hip_trt.huggingface import HipCache, cache_argument, patch
 from hip_trt.huggingface.cache import HipLayer
 from hip_trt.spec import ModelSpec
 from hip_trt.verify.choices import Shown, attend
@@ -52,8 +52,9 @@ class PyTorchRunner(GraphRunner):
         hook = self._model.base_model.register_forward_hook(_keep_last(counts)) if spec.logits == "last" else None
         try:
             logits = self._model(
-                input_ids=feed[names.INPUT_IDS], position_ids=past[:, None].long() + new, past_key_values=cache,
-                attention_mask=torch.cat([torch.ones(len(past), seen, dtype=torch.bool), valid], dim=1), use_cache=True,
+                input_ids=feed[names.INPUT_IDS], position_ids=past[:, None].long() + new, use_cache=True,
+                attention_mask=torch.cat([torch.ones(len(past), seen, dtype=torch.bool), valid], dim=1),
+                **cache_argument(self._model, cache),
             ).logits
         finally:
             if hook is not None:

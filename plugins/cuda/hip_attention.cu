@@ -187,6 +187,11 @@ int32_t hipTrtAbiVersion(void)
     return HIP_TRT_ABI_VERSION;
 }
 
+int32_t hipTrtOperatorVersion(void)
+{
+    return HIP_TRT_OPERATOR_VERSION;
+}
+
 const char* hipTrtVersion(void)
 {
     return HIP_TRT_VERSION;

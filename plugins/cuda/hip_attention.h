@@ -23,6 +23,10 @@ extern "C" {
 /* Raised whenever a struct below changes; hipTrtAbiVersion() returns the value that the library was built with. */
 #define HIP_TRT_ABI_VERSION 1
 
+/* Version of the operator's contract (docs/operator.md), OP_VERSION in hip_trt/operator.py. Raised whenever the operator's
+ * inputs, outputs, attributes or results change; an engine of another version is refused. */
+#define HIP_TRT_OPERATOR_VERSION 1
+
 typedef enum HipTrtStatus
 {
     HIP_TRT_SUCCESS = 0,
@@ -100,6 +104,9 @@ typedef struct HipTrtParams
 
 /* The HIP_TRT_ABI_VERSION of the library. */
 HIP_TRT_API int32_t hipTrtAbiVersion(void);
+
+/* The HIP_TRT_OPERATOR_VERSION of the library. */
+HIP_TRT_API int32_t hipTrtOperatorVersion(void);
 
 /* The package version that the library was built from, such as "0.1.0". */
 HIP_TRT_API const char* hipTrtVersion(void);

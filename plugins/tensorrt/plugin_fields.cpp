@@ -29,6 +29,7 @@ constexpr std::pair<char const*, int32_t HipTrtConfig::*> kINT_FIELDS[] = {
     {"window_tokens", &HipTrtConfig::window_tokens},
     {"dense", &HipTrtConfig::dense},
 };
+constexpr int32_t kOPERATOR_VERSION = HIP_TRT_OPERATOR_VERSION;
 constexpr char const* kSCALE_FIELD = "scale";
 constexpr char const* kMASK_HEADS_FIELD = "mask_heads";
 constexpr std::string_view kMASK_HEADS[] = {"kv", "query"}; // indexed by HipTrtConfig::mask_per_query_head
@@ -181,12 +182,15 @@ std::optional<HipTrtConfig> parseFields(
     if (phase == nvinfer1::TensorRTPhase::kRUNTIME)
     {
         // Before anything else: another version may have other fields, and its engine other tensors.
-        PluginField const* const version = reader.find(kVERSION_FIELD, PluginFieldType::kCHAR);
-        if (version != nullptr && text(*version) != hipTrtVersion())
+        PluginField const* const builtBy = reader.find(kHIP_TRT_VERSION_FIELD, PluginFieldType::kCHAR);
+        PluginField const* const version = reader.find(kOPERATOR_VERSION_FIELD, PluginFieldType::kINT32);
+        if (builtBy != nullptr && version != nullptr
+            && *static_cast<int32_t const*>(version->data) != HIP_TRT_OPERATOR_VERSION)
         {
-            reader.fail(
-                concat("the engine was built by plugin version ", text(*version), ", and this library is version ",
-                    hipTrtVersion(), ". Build the engine again, or install hip-trt ", text(*version), "."));
+            reader.fail(concat("the engine was built by hip-trt ", text(*builtBy), " and computes version ",
+                *static_cast<int32_t const*>(version->data), " of the operator; this library, of hip-trt ",
+                hipTrtVersion(), ", computes version ", HIP_TRT_OPERATOR_VERSION,
+                ". Export the model again, or install hip-trt ", text(*builtBy), "."));
         }
         if (!reader.ok())
         {
@@ -237,8 +241,9 @@ std::vector<PluginField> serializeFields(HipTrtConfig const& config)
     fields.emplace_back(
         kMASK_HEADS_FIELD, maskHeads.data(), PluginFieldType::kCHAR, static_cast<int32_t>(maskHeads.size()));
     fields.emplace_back(kSCALE_FIELD, &config.scale, PluginFieldType::kFLOAT32, 1);
-    fields.emplace_back(
-        kVERSION_FIELD, hipTrtVersion(), PluginFieldType::kCHAR, static_cast<int32_t>(std::strlen(hipTrtVersion())));
+    fields.emplace_back(kOPERATOR_VERSION_FIELD, &kOPERATOR_VERSION, PluginFieldType::kINT32, 1);
+    fields.emplace_back(kHIP_TRT_VERSION_FIELD, hipTrtVersion(), PluginFieldType::kCHAR,
+        static_cast<int32_t>(std::strlen(hipTrtVersion())));
     return fields;
 }
 

@@ -12,16 +12,17 @@
 namespace hip_trt
 {
 
-//! Name of the field that an engine stores beside the attributes: the plugin version that built it.
-constexpr char const* kVERSION_FIELD = "hip_trt_version";
+//! Fields that an engine stores beside the attributes: the version of the operator that it computes, which this library's
+//! must equal, and the version of hip-trt that built it, for the message where it does not.
+constexpr char const* kOPERATOR_VERSION_FIELD = "operator_version";
+constexpr char const* kHIP_TRT_VERSION_FIELD = "hip_trt_version";
 
 //! The attributes of the operator, without values: what the ONNX parser reads from a node.
 std::vector<nvinfer1::PluginField> attributeFields();
 
 //! Read and check every field.
 //!
-//! When an engine is built, fields are exactly those of attributeFields(); when one is loaded, also kVERSION_FIELD,
-//! whose value must be the version of this library.
+//! When an engine is built, fields are exactly those of attributeFields(); when one is loaded, also the two above.
 //!
 //! \return The configuration, or nothing after each fault was reported by the name of its field, its value and what is
 //!         allowed.

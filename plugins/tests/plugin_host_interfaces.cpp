@@ -135,13 +135,19 @@ void checkCopies(Library const& library, HostLogger& logger)
     CHECK_EQUAL(std::string{loaded.build->getMetadataString()}, description);
     CHECK_EQUAL(logger.take(), "");
 
+    // Another hip-trt's engine runs; one that computes another operator does not.
     serialized.set("hip_trt_version", std::string{"0.0.7"});
+    CHECK_EQUAL(
+        std::string{create(library, serialized, TensorRTPhase::kRUNTIME).build->getMetadataString()}, description);
+    CHECK_EQUAL(logger.take(), "");
+    serialized.set("operator_version", int32_t{HIP_TRT_OPERATOR_VERSION + 1});
     CHECK(library.creator->createPlugin("layer", serialized.collection(), TensorRTPhase::kRUNTIME) == nullptr);
-    CHECK_LOGGED(
-        std::string{"the engine was built by plugin version 0.0.7, and this library is version "} + library.version());
-    serialized.remove("hip_trt_version");
+    CHECK_LOGGED("the engine was built by hip-trt 0.0.7 and computes version "
+        + std::to_string(HIP_TRT_OPERATOR_VERSION + 1) + " of the operator; this library, of hip-trt "
+        + library.version());
+    serialized.remove("operator_version");
     CHECK(library.creator->createPlugin("layer", serialized.collection(), TensorRTPhase::kRUNTIME) == nullptr);
-    CHECK_LOGGED("hip_trt_version: is missing");
+    CHECK_LOGGED("operator_version: is missing");
 }
 
 void checkTypes(Library const& library, HostLogger& logger)

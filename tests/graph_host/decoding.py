@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hip_trt import ops, reference
+from hip_trt.huggingface import cache_argument, output_cache
 from hip_trt.offload import Offload, OffloadStats
 from hip_trt.runtime import Generator, Session
 from hip_trt.runtime.executor import Executor
@@ -66,8 +67,8 @@ def model_logits(
     cache, rows = None, []
     with torch.inference_mode():
         while True:
-            result = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = result.past_key_values
+            result = model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
+            cache = output_cache(model, result)
             rows.append(result.logits[0, -1].float())
             if tokens is None:
                 given.append(int(rows[-1].argmax()))

@@ -1,0 +1,32 @@
+"""What transformers calls a model's KV cache, as an argument and in its output.
+
+It was ``past_key_values`` up to transformers 5.23, and is ``cache`` from 5.24 on, where the old name still works and
+warns.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+from typing import Any, Final, Literal
+
+CacheName = Literal["cache", "past_key_values"]
+
+CACHE_NAMES: Final[tuple[CacheName, ...]] = ("cache", "past_key_values")
+
+
+@lru_cache
+def cache_name(model_class: type) -> CacheName:
+    """The name in a model class of the installed transformers."""
+    parameters = inspect.signature(model_class.forward).parameters  # type: ignore[attr-defined]
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+def cache_argument(model: object, cache: Any) -> dict[str, Any]:
+    """A cache (or None, for the model's own) as the keyword argument of a call: ``model(ids, **cache_argument(...))``."""
+    return {cache_name(type(model)): cache}
+
+
+def output_cache(model: object, output: Any) -> Any:
+    """The cache in what a model has returned."""
+    return getattr(output, cache_name(type(model)))
