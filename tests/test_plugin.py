@@ -219,9 +219,9 @@ def test_engine_of_another_version(flavour: Flavour, creator: Any) -> None:
     plugin, errors = create(flavour, creator, {**stored, "operator_version": newer}, "RUNTIME")
     assert plugin is None
     assert errors == [
-        f"HipAttention (layer): the engine was built by hip-trt 0.0.7 and computes version {newer} of the operator; this "
-        f"library, of hip-trt {library.version()}, computes version {names.OP_VERSION}. Export the model again, or "
-        "install hip-trt 0.0.7."
+        f"HipAttention (layer): the engine was built by hip-trt 0.0.7 and computes version {newer} of the operator; "
+        f"this library, of hip-trt {library.version()}, computes version {names.OP_VERSION}. Export the model again, "
+        "or install hip-trt 0.0.7."
     ]
 
 

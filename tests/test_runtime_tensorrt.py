@@ -281,8 +281,9 @@ def test_plan_without_a_gpu(oracle: OracleExecutor, tmp_path: Path, monkeypatch:
 
 def test_plan_of_another_format(oracle: OracleExecutor, tmp_path: Path) -> None:
     """Said before a GPU is asked for, so that it is said everywhere."""
-    plan = write_plan(tmp_path, oracle.spec, format_version=names.OP_VERSION + 1, hip_trt_version="9.9.9")
-    message = rf"engine.plan.json: made by hip-trt 9.9.9 in format {names.OP_VERSION + 1}; this is .* reads format {names.OP_VERSION}\."
+    here = names.OP_VERSION
+    plan = write_plan(tmp_path, oracle.spec, format_version=here + 1, hip_trt_version="9.9.9")
+    message = rf"engine.plan.json: made by hip-trt 9.9.9 in format {here + 1}; this is .* reads format {here}\."
     with pytest.raises(EngineError, match=message):
         TensorRTExecutor.load(plan)
 

@@ -34,14 +34,13 @@ from hip_trt import library as libraries
 from hip_trt.cli.app import app
 from hip_trt.cli.run import run as run_command
 from hip_trt.cli.serve_repo import serve_repo
-from hip_trt.sidecar import sidecar_path
 from hip_trt.offload import Offload
 from hip_trt.offload.settings import KEY_SHARE, VALUE_SHARE
 from hip_trt.runtime import Generator
 from hip_trt.runtime.tensorrt import TensorRTExecutor
 from hip_trt.serve_repo import repository as repository_module
 from hip_trt.serve_repo import write_repository
-from hip_trt.sidecar import TensorRecord
+from hip_trt.sidecar import TensorRecord, sidecar_path
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ warns.
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
 from typing import Any, Final, Literal
 
 CacheName = Literal["cache", "past_key_values"]
@@ -15,7 +14,6 @@ CacheName = Literal["cache", "past_key_values"]
 CACHE_NAMES: Final[tuple[CacheName, ...]] = ("cache", "past_key_values")
 
 
-@lru_cache
 def cache_name(model_class: type) -> CacheName:
     """The name in a model class of the installed transformers."""
     parameters = inspect.signature(model_class.forward).parameters  # type: ignore[attr-defined]
@@ -23,7 +21,7 @@ def cache_name(model_class: type) -> CacheName:
 
 
 def cache_argument(model: object, cache: Any) -> dict[str, Any]:
-    """A cache (or None, for the model's own) as the keyword argument of a call: ``model(ids, **cache_argument(...))``."""
+    """A cache as a keyword argument: ``model(ids, **cache_argument(model, cache))``; None is the model's own."""
     return {cache_name(type(model)): cache}
 
 

@@ -1,0 +1,66 @@
+"""Use an installed hip-trt as a newcomer would: every command's help, the doctor, an export to an engine, a question.
+
+python .ci/use.py MODEL.gguf FOLDER
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+from packaging.requirements import Requirement
+
+COMMAND = Path(sysconfig.get_path("scripts"), "hip-trt")
+
+
+def hip_trt(*arguments: str | Path) -> str:
+    """Standard output of a command; what it says else is shown, and a failure ends the check."""
+    done = subprocess.run([COMMAND, *arguments], stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        sys.exit(f"hip-trt {' '.join(map(str, arguments))}: exit status {done.returncode}\n{done.stdout}")
+    return done.stdout
+
+
+def versions() -> Iterator[str]:
+    """Of the packages that hip-trt names."""
+    for text in importlib.metadata.requires("hip-trt") or ():
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": "tensorrt-rtx"}):
+            yield f"{requirement.name} {importlib.metadata.version(requirement.name)}"
+
+
+def commands() -> Iterator[tuple[str, ...]]:
+    """Every command, with the groups above it, the application itself included."""
+    from hip_trt.cli.app import app
+
+    found: list[tuple[tuple[str, ...], object]] = [((), typer.main.get_command(app))]
+    for path, command in found:
+        found += [((*path, name), child) for name, child in getattr(command, "commands", {}).items()]
+        yield path
+
+
+def main() -> None:
+    model, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    print(f"Python {sys.version.split()[0]}:", ", ".join(versions()))
+    helped = list(commands())
+    for command in helped:
+        assert "Usage" in hip_trt(*command, "--help"), command
+    assert len(helped) > 12
+    assert "--model" in hip_trt("export", "--help")
+    print(hip_trt("doctor"), end="")
+    print(hip_trt("export", "--model", model, "--out", folder / "engine.plan"), end="")
+    layers = hip_trt("inspect", folder / "engine.plan")
+    assert "HipAttention" in layers, layers
+    answer = hip_trt("run", folder / "model.onnx", "--prompt", "What is the capital of France?")
+    print(answer, end="")
+    assert "Paris" in answer
+    print(f"{len(helped)} commands helped; the model was exported, and an engine built")
+
+
+if __name__ == "__main__":
+    main()
