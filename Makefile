@@ -67,7 +67,7 @@ install: $(VENV)/installed
 
 # The Python code is used where it stands (-e); only what goes into the build makes it run again.
 $(VENV)/installed: $(VENV)/settings pyproject.toml constraints.txt $(shell find plugins -type f -not -name '*.pyc')
-	@sed -n 's/^# Fetches \(.*\)\.$$/Fetching, where pip has them not cached: \1 ./p' constraints.txt
+	@sed -n 's/^# Fetches \(.*\)\.$$/Fetching, where pip has them not cached: \1./p' constraints.txt
 	@echo 'Installing hip-trt and building its plugin for $(HIP_TRT_CUDA_ARCHITECTURES): some minutes the first time ...'
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tensorrt-rtx,int4,plot,test,lint]'
 	touch $@
