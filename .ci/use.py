@@ -1,6 +1,9 @@
 """Use an installed hip-trt as a newcomer would: every command's help, the doctor, an export to an engine, a question.
 
-python .ci/use.py MODEL.gguf FOLDER
+python .ci/use.py MODEL.gguf FOLDER [--lowest]
+
+--lowest: every package that hip-trt names must be there in the lowest version that it allows, so that what is declared
+is what was tried.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from pathlib import Path
 
 import typer
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 COMMAND = Path(sysconfig.get_path("scripts"), "hip-trt")
 
@@ -26,12 +30,16 @@ def hip_trt(*arguments: str | Path) -> str:
     return done.stdout
 
 
-def versions() -> Iterator[str]:
+def versions(lowest: bool) -> Iterator[str]:
     """Of the packages that hip-trt names."""
     for text in importlib.metadata.requires("hip-trt") or ():
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate({"extra": "tensorrt-rtx"}):
-            yield f"{requirement.name} {importlib.metadata.version(requirement.name)}"
+            version = importlib.metadata.version(requirement.name)
+            bound = next(part.version for part in requirement.specifier if part.operator == ">=")
+            if lowest and Version(version) != Version(bound) and not version.startswith(f"{bound}."):
+                sys.exit(f"{requirement.name}: {version} was tried, and {bound} is declared")
+            yield f"{requirement.name} {version}"
 
 
 def commands() -> Iterator[tuple[str, ...]]:
@@ -46,7 +54,7 @@ def commands() -> Iterator[tuple[str, ...]]:
 
 def main() -> None:
     model, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    print(f"Python {sys.version.split()[0]}:", ", ".join(versions()))
+    print(f"Python {sys.version.split()[0]}:", ", ".join(versions("--lowest" in sys.argv)))
     helped = list(commands())
     for command in helped:
         assert "Usage" in hip_trt(*command, "--help"), command

@@ -65,7 +65,9 @@ class Checkpoint:
         try:
             if self.path.is_file():
                 with _quiet():
-                    tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+                    tokenizer = AutoTokenizer.from_pretrained(
+                        self.path.parent, gguf_file=self.path.name, local_files_only=True
+                    )
                 tokenizer.save_pretrained(folder)
             else:
                 if not any((self.path / name).is_file() for name in _VOCABULARIES):

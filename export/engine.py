@@ -216,8 +216,8 @@ def resolve_compute_capabilities(
     runnable = tuple(target for target in targets if kernels.runs_on(target))
     if flavour.ahead_of_time and not parsed and not runnable:
         raise EngineError(
-            f"compute_capabilities: {flavour} builds for {', '.join(map(str, targets))} and does not run on Hopper "
-            f"GPUs (9.0); the plugin library has kernels for {kernels} alone.",
+            f"compute_capabilities: {flavour} builds for {', '.join(map(str, targets))}; the plugin library has "
+            f"kernels for {kernels} alone.",
             nothing_in_common_remedy(),
         )
     if runnable != targets and (parsed or not runnable):

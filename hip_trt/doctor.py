@@ -83,7 +83,7 @@ def diagnose(folder: str | Path = ".") -> Diagnosis:
     """
     driver = cuda_driver()
     flavours, flavour_checks = _flavours(driver)
-    kernels, plugin_check = _plugin(flavours)
+    kernels, plugin_check = _plugin(flavours, driver)
     packages = (_python(), *_packages())
     gpus = tuple(_gpus(driver, flavours, kernels))
     engines = (*flavour_checks, plugin_check)
@@ -117,7 +117,7 @@ def _run(packages: tuple[Check, ...], engines: tuple[Check, ...], gpus: tuple[Ch
     problem = _first_problem(engines)
     if problem is None and any(gpu.status == "ok" for gpu in gpus):
         return Check(name="run", status="ok", found=".onnx on the CPU, engines on the GPU: hip-trt run FILE")
-    lacking = problem or gpus[0]
+    lacking = gpus[0] if all(gpu.status != "ok" for gpu in gpus) else problem or gpus[0]
     return Check(
         name="run", status="note", found=f".onnx on the CPU: hip-trt run model.onnx. No engine: {lacking.found}",
         remedy=lacking.remedy,
@@ -186,14 +186,16 @@ def _flavours(driver: Driver | None) -> tuple[list[Flavour], list[Check]]:
         found.append(flavour)
         checks.append(Check(name=name, status="ok", found=f"{flavour.version}; {where}"))
     if not found:
+        hopper = driver and any(gpu.compute_capability.major == 9 for gpu in driver.gpus)
         checks.append(Check(
             name="TensorRT", status="problem", found="none that can build an engine here",
-            remedy=f"{install_command('tensorrt-rtx')}, which needs no GPU",
+            remedy=f"{install_command('tensorrt')}, for the Hopper GPU here" if hopper
+            else f"{install_command('tensorrt-rtx')}, which needs no GPU",
         ))
     return found, checks
 
 
-def _plugin(flavours: list[Flavour]) -> tuple[CompiledFor | None, Check]:
+def _plugin(flavours: list[Flavour], driver: Driver | None) -> tuple[CompiledFor | None, Check]:
     """The GPUs that the plugin library has kernels for, and whether each TensorRT takes it."""
     try:
         path, version = library.plugin_path(), library.version()
@@ -203,10 +205,12 @@ def _plugin(flavours: list[Flavour]) -> tuple[CompiledFor | None, Check]:
         return None, Check(name="plugin", status="problem", found=error.cause, remedy=error.remedy)
     kernels = compiled_for(path)
     found = f"{version}, ABI {library.ABI_VERSION}, kernels for {kernels} ({path})"
-    targets = [one for flavour in flavours for one in flavour.compute_capabilities]
-    if targets and all(flavour.ahead_of_time for flavour in flavours) and not any(map(kernels.runs_on, targets)):
+    here = [gpu.compute_capability for gpu in (driver.gpus if driver else ())[:1]]
+    targets = [one for flavour in flavours for one in (flavour.compute_capabilities or here)]
+    if targets and not any(map(kernels.runs_on, targets)):
+        names = " and ".join(flavour.name for flavour in flavours)
         return kernels, Check(
-            name="plugin", status="problem", found=f"{found}; tensorrt-rtx builds for none of these",
+            name="plugin", status="problem", found=f"{found}; {names} builds for none of these",
             remedy=nothing_in_common_remedy(),
         )
     return kernels, Check(name="plugin", status="ok", found=found)
@@ -216,7 +220,7 @@ def _gpus(driver: Driver | None, flavours: list[Flavour], kernels: CompiledFor |
     """Each GPU, and whether engines run on it. Exporting needs none, so nothing here is a problem."""
     if driver is None:
         yield Check(
-            name="GPU", status="note", found="no CUDA driver; engines can be built here, and run elsewhere",
+            name="GPU", status="note", found="no CUDA driver, so no engine runs here",
             remedy="Engines run on machines with an NVIDIA GPU and its driver; ONNX models run on the CPU.",
         )
         return
@@ -244,8 +248,9 @@ def _usable(gpu: Gpu, flavours: list[Flavour], kernels: CompiledFor | None) -> t
     usable = [flavour.name for flavour in flavours if flavour.runs_on(capability)]
     if usable:
         return "ok", f"{' and '.join(usable)} can run on it", ""
-    names = " or ".join(flavour.name for flavour in flavours) or "no TensorRT"
-    return "note", f"{names} does not run on it", f"To run engines here: {install_command('tensorrt')}"
+    names = " or ".join(flavour.name for flavour in flavours)
+    usable_by = f"{names} does not run on it" if names else "there is no TensorRT to run engines on it"
+    return "note", usable_by, f"To run engines here: {install_command('tensorrt')}"
 
 
 def _memory() -> Check:

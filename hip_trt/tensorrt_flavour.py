@@ -167,10 +167,11 @@ def install_command(name: FlavourName) -> str:
 
 
 def nothing_in_common_remedy() -> str:
-    """What to do where TensorRT-RTX builds for none of the GPUs that the plugin has kernels for: those are Hopper's."""
+    """What to do where TensorRT-RTX builds for none of the GPUs that the plugin has kernels for, as for Hopper's."""
     return (
-        f"For Hopper: {install_command('tensorrt')}, and --runtime tensorrt on a machine with that GPU. For other "
-        "GPUs: install hip-trt again without HIP_TRT_CUDA_ARCHITECTURES."
+        f"TensorRT-RTX does not run on Hopper and some others: for those {install_command('tensorrt')}, and --runtime "
+        "tensorrt on a machine with that GPU. For GPUs of its own: install hip-trt again without "
+        "HIP_TRT_CUDA_ARCHITECTURES."
     )
 
 

@@ -118,6 +118,14 @@ def test_plugin_for_hopper_alone(machine: Machine, monkeypatch: pytest.MonkeyPat
     assert "hip-trt[tensorrt]" in task("build").remedy
     machine.driver, machine.flavours = Driver("13.0", (HOPPER,)), {"tensorrt-rtx": "1.7.1", "tensorrt": "10.14"}
     assert (check("plugin").status, task("run").status) == ("ok", "ok")
+    machine.driver, machine.flavours = Driver("13.0", (ADA,)), {"tensorrt": "10.14"}
+    assert (check("plugin").status, task("build").status) == ("problem", "problem")
+
+
+def test_hopper_without_tensorrt(machine: Machine) -> None:
+    machine.driver, machine.flavours = Driver("13.0", (HOPPER,)), {}
+    assert "hip-trt[tensorrt]" in task("build").remedy
+    assert "there is no TensorRT to run engines on it" in check("GPU 0").found
 
 
 def test_driver_that_shows_no_gpu(machine: Machine) -> None:

@@ -342,7 +342,7 @@ def test_gpus_without_kernels(onnx_path: Path, tmp_path: Path, monkeypatch: pyte
         patched.setattr(engine, "compiled_for", lambda path: hopper)
         with pytest.raises(EngineError) as error:
             build_engine(onnx_path, tmp_path / "engine.plan")
-        one_line(error, "does not run on Hopper GPUs", "kernels for 9.0 alone", "pip install 'hip-trt[tensorrt]'")
+        one_line(error, "does not run on Hopper", "kernels for 9.0 alone", "pip install 'hip-trt[tensorrt]'")
     flavour = tensorrt_on_rtx(monkeypatch, HOPPER)
     with pytest.raises(EngineError) as error:
         build_engine(onnx_path, tmp_path / "engine.plan", runtime=flavour)

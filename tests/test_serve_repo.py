@@ -54,6 +54,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     plugin = tmp_path / "libhip_trt_plugin.so"
     plugin.write_bytes(b"library")
     monkeypatch.setattr(libraries, "plugin_path", lambda: plugin)
+    monkeypatch.setattr(libraries, "version", lambda: "0.1.0")
     folder = tmp_path / "plan"
     folder.mkdir()
     byte_tokenizer().save_pretrained(folder)

@@ -209,7 +209,8 @@ def decode_attention(
             cache.sequence(pool, page_table[b], past + count).to(compute) for pool in (present_key, present_value)
         )
         full = (past + count) // config.block
-        bounds = cache.sequence(past_bounds.flatten(-2), page_table[b], full).unflatten(-1, (2, -1)).to(compute)
+        bounds = cache.sequence(past_bounds.flatten(-2), page_table[b], full).to(compute)
+        bounds = bounds.reshape(*bounds.shape[:2], 2, -1)
         for mask in range(past_blocks.shape[1]):
             heads, kv = slice(mask * heads_per_mask, (mask + 1) * heads_per_mask), mask * heads_per_mask // group
             queries = query[b, heads, :count].to(compute)

@@ -58,6 +58,7 @@ def write_repository(
 
     Raises:
         EngineError: the model or its weights are missing or damaged.
+        PluginError: the plugin library is missing, or of another version than this package.
         ExportError: a name is not allowed or taken, the tokenizer is missing, or the disk is full.
         RuntimeInputError: ``instances`` is not positive, or ``offload`` is given for a .onnx.
     """
@@ -88,6 +89,7 @@ def write_repository(
     contents = {name: text}
     no_engine = _unfit(sidecar)
     if sidecar is not None and not no_engine:
+        library.version()  # refuses a library of another build than this package
         bare, plugin = f"{name}-engine", library.plugin_path()
         configs[bare] = engine_config(bare, sidecar, plugin.name)
         contents[bare] = {f"{_VERSION}/{file.name}": file for file in (model, plugin)}
