@@ -25,6 +25,11 @@ PAGE = 8
 GROUP, KV_HEADS, HEAD_DIM = 2, 2, 4
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
 class Sequences:
     """Ragged sequences in shuffled pages, whose undefined rows and bounds are NaN; bounds were written token by token.
 
@@ -220,7 +225,7 @@ def test_a_key_that_is_not_a_number_shows() -> None:
 
 
 def test_tokens_of_little_probability_are_left_out_of_the_chosen_blocks() -> None:
-    config = DecodeConfig(mask_k=16, block=4, branch=4, sink_tokens=4, window_tokens=8, value_threshold=0.02)
+    config = DecodeConfig(mask_k=16, block=4, branch=4, sink_tokens=4, window_tokens=8, value_threshold=0.05)
     queries, keys, values = torch.randn(2, 3, 8), torch.randn(88, 8), torch.randn(88, 8)
     positions, blocks = torch.arange(85, 88), torch.tensor([3, 7, 8, 12])
     found = attention(queries, keys, values, blocks, positions, scale=0.7, config=config)
@@ -233,7 +238,7 @@ def test_tokens_of_little_probability_are_left_out_of_the_chosen_blocks() -> Non
         return dict(zip(seen, torch.softmax(0.7 * (keys[seen] @ queries[head, row]), 0).tolist(), strict=True))
 
     everything = [[weights(head, row, [*always, *chosen]) for row in range(3)] for head in range(2)]
-    left = [t for t in chosen if any(of_row[t] >= 0.02 for of_head in everything for of_row in of_head)]
+    left = [t for t in chosen if any(of_row[t] >= 0.05 for of_head in everything for of_row in of_head)]
     assert 0 < len(left) < len(chosen)
     for head in range(2):
         for row in range(3):
