@@ -42,6 +42,7 @@ lint: install ## Check style (ruff) and types (mypy, strict)
 	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p hip_trt
 	$(BIN)/mypy plugins/build_backend/hip_trt_build/*.py
 	$(BIN)/mypy benchmarks
+	MYPYPATH=plugins/build_backend $(BIN)/mypy --scripts-are-modules .ci/use.py .ci/lock
 
 # For every GPU, whatever is chosen above, and for systems older than this one; not in the folder of the editable build.
 wheel: $(BIN)/python ## Build dist/hip_trt-*.whl, for every GPU and for Linux with glibc 2.28 or later

@@ -9,6 +9,7 @@ is what was tried.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +20,10 @@ import typer
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+WHEEL_KERNELS = "8.0, 8.6, 8.9, 9.0, 10.0, 11.0, 12.0, 12.0 and later"
+"""What a release has kernels for; 11.0 needs the compiler of CUDA 13.0."""
+ENGINE_GPUS = {"8.0", "8.6", "8.9", "12.0"}
+"""What TensorRT-RTX 1.7 builds for; later ones may add to it."""
 COMMAND = Path(sysconfig.get_path("scripts"), "hip-trt")
 
 
@@ -52,6 +57,24 @@ def commands() -> Iterator[tuple[str, ...]]:
         yield path
 
 
+def check_kernels() -> None:
+    """The plugin library has kernels for every GPU of a release."""
+    from hip_trt import library
+    from hip_trt.fat_binary import compiled_for
+
+    kernels = str(compiled_for(library.plugin_path()))
+    assert kernels == WHEEL_KERNELS, kernels
+
+
+def check_engine(plan: Path) -> None:
+    """It has HipAttention layers, and names the GPUs that it was built for."""
+    report = hip_trt("inspect", plan)
+    assert "HipAttention" in report, report
+    named = json.loads(hip_trt("inspect", plan, "--json"))["engine"]["compute_capabilities"]
+    assert set(named) >= ENGINE_GPUS, named
+    assert f"GPUs of compute capability {', '.join(named)}" in report, report
+
+
 def main() -> None:
     model, folder = Path(sys.argv[1]), Path(sys.argv[2])
     print(f"Python {sys.version.split()[0]}:", ", ".join(versions("--lowest" in sys.argv)))
@@ -60,10 +83,10 @@ def main() -> None:
         assert "Usage" in hip_trt(*command, "--help"), command
     assert len(helped) > 12
     assert "--model" in hip_trt("export", "--help")
+    check_kernels()
     print(hip_trt("doctor"), end="")
     print(hip_trt("export", "--model", model, "--out", folder / "engine.plan"), end="")
-    layers = hip_trt("inspect", folder / "engine.plan")
-    assert "HipAttention" in layers, layers
+    check_engine(folder / "engine.plan")
     answer = hip_trt("run", folder / "model.onnx", "--prompt", "What is the capital of France?")
     print(answer, end="")
     assert "Paris" in answer

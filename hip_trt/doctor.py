@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import torch
 from packaging.requirements import Requirement
+from packaging.version import Version
 from pydantic import BaseModel, ConfigDict
 
 from hip_trt import library
@@ -114,10 +116,10 @@ def _run(packages: tuple[Check, ...], engines: tuple[Check, ...], gpus: tuple[Ch
     problem = _first_problem(packages)
     if problem:
         return problem.model_copy(update={"name": "run"})
-    problem = _first_problem(engines)
-    if problem is None and any(gpu.status == "ok" for gpu in gpus):
+    fit = any(gpu.status == "ok" for gpu in gpus)
+    lacking = _first_problem(engines) if fit else gpus[0]
+    if lacking is None:
         return Check(name="run", status="ok", found=".onnx on the CPU, engines on the GPU: hip-trt run FILE")
-    lacking = gpus[0] if all(gpu.status != "ok" for gpu in gpus) else problem or gpus[0]
     return Check(
         name="run", status="note", found=f".onnx on the CPU: hip-trt run model.onnx. No engine: {lacking.found}",
         remedy=lacking.remedy,
@@ -140,12 +142,17 @@ def _python() -> Check:
 
 def _packages() -> Iterator[Check]:
     """The packages that hip-trt requires, against the versions that it declares."""
-    requirements = (Requirement(text) for text in importlib.metadata.requires("hip-trt") or ())
-    for requirement in requirements:
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            check = _package(requirement)
-            if check.status != "ok" or requirement.name in _MAIN_PACKAGES:
-                yield check
+    for requirement in _requirements():
+        check = _package(requirement)
+        if check.status != "ok" or requirement.name in _MAIN_PACKAGES:
+            yield check
+
+
+def _requirements(extra: str = "") -> Iterator[Requirement]:
+    """What hip-trt declares, with or without an extra."""
+    for requirement in map(Requirement, importlib.metadata.requires("hip-trt") or ()):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+            yield requirement
 
 
 def _package(requirement: Requirement) -> Check:
@@ -173,6 +180,12 @@ def _flavours(driver: Driver | None) -> tuple[list[Flavour], list[Check]]:
         except HipTrtError as error:
             checks.append(Check(name=name, status="note", found=error.cause, remedy=error.remedy))
             continue
+        if not _works_with(flavour):
+            checks.append(Check(
+                name=name, status="note", found=f"{flavour.version}, which hip-trt does not work with",
+                remedy=install_command(name),
+            ))
+            continue
         if flavour.ahead_of_time:
             where = f"builds, without a GPU, for {', '.join(map(str, flavour.compute_capabilities))}"
         elif driver and driver.gpus:
@@ -193,6 +206,12 @@ def _flavours(driver: Driver | None) -> tuple[list[Flavour], list[Check]]:
             else f"{install_command('tensorrt-rtx')}, which needs no GPU",
         ))
     return found, checks
+
+
+def _works_with(flavour: Flavour) -> bool:
+    """Whether its version is in the range that the extra of its name declares."""
+    declared = next(one for one in _requirements(flavour.name) if one.name.startswith(flavour.name))
+    return declared.specifier.contains(flavour.version, prereleases=True)
 
 
 def _plugin(flavours: list[Flavour], driver: Driver | None) -> tuple[CompiledFor | None, Check]:
@@ -230,7 +249,7 @@ def _gpus(driver: Driver | None, flavours: list[Flavour], kernels: CompiledFor |
             remedy="Look at nvidia-smi and at CUDA_VISIBLE_DEVICES.",
         )
     for gpu in driver.gpus:
-        status, usable, remedy = _usable(gpu, flavours, kernels)
+        status, usable, remedy = _usable(gpu, driver, flavours, kernels)
         yield Check(
             name=f"GPU {gpu.index}", status=status, remedy=remedy,
             found=f"{gpu.name}, compute capability {gpu.compute_capability}, {format_size(gpu.memory)}, driver for "
@@ -238,8 +257,16 @@ def _gpus(driver: Driver | None, flavours: list[Flavour], kernels: CompiledFor |
         )
 
 
-def _usable(gpu: Gpu, flavours: list[Flavour], kernels: CompiledFor | None) -> tuple[Status, str, str]:
+def _usable(
+    gpu: Gpu, driver: Driver, flavours: list[Flavour], kernels: CompiledFor | None
+) -> tuple[Status, str, str]:
     """Whether engines run on a GPU, in words, and what to do if not."""
+    for what, cuda in (("the plugin", kernels.cuda if kernels else ""), ("PyTorch", torch.version.cuda)):
+        least = _least_driver(cuda or "")
+        if Version(driver.cuda) < least:
+            return "note", f"{what} needs a driver for CUDA {least} or later", (
+                f"Update the NVIDIA driver to one for CUDA {least} or later."
+            )
     capability = gpu.compute_capability
     if kernels is not None and not kernels.runs_on(capability):
         return "note", "the plugin has no kernels for it", (
@@ -251,6 +278,11 @@ def _usable(gpu: Gpu, flavours: list[Flavour], kernels: CompiledFor | None) -> t
     names = " or ".join(flavour.name for flavour in flavours)
     usable_by = f"{names} does not run on it" if names else "there is no TensorRT to run engines on it"
     return "note", usable_by, f"To run engines here: {install_command('tensorrt')}"
+
+
+def _least_driver(cuda: str) -> Version:
+    """CUDA version of the oldest driver for code of a CUDA release: the first of the same major number will do."""
+    return Version(f"{cuda.partition('.')[0] or 0}.0")
 
 
 def _memory() -> Check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from hip_trt.gpu import ComputeCapability
 _MAGIC = struct.pack("<I", 0xBA55ED50)
 """Begins each fat binary that nvcc embeds; CUDA does not document the layout."""
 _PTX, _CUBIN = 1, 2
+_COMPILER = re.compile(rb"Cuda compilation tools, release (\d+)\.(\d+)")
+"""In a note that CUDA 13's machine code has; CUDA does not document it."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,12 @@ class CompiledFor:
     Attributes:
         cubin: machine code, which runs on GPUs of the same major and the same or a later minor capability.
         ptx: code that the driver compiles for any GPU of this or a later capability.
+        cuda: newest release of CUDA that compiled some of it, such as "13.0"; empty where the code does not say.
     """
 
     cubin: frozenset[ComputeCapability]
     ptx: frozenset[ComputeCapability]
+    cuda: str = ""
 
     def runs_on(self, capability: ComputeCapability) -> bool:
         """Whether some of the code runs on GPUs of this compute capability."""
@@ -57,4 +62,6 @@ def compiled_for(library: str | Path) -> CompiledFor:
                 break
             entry += entry_header + entry_size
         start = contents.find(_MAGIC, start + 4)
-    return CompiledFor(frozenset(found[_CUBIN]), frozenset(found[_PTX]))
+    releases = [(int(major), int(minor)) for major, minor in _COMPILER.findall(contents)]
+    cuda = ".".join(map(str, max(releases))) if releases else ""
+    return CompiledFor(frozenset(found[_CUBIN]), frozenset(found[_PTX]), cuda)

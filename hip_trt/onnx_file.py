@@ -51,7 +51,7 @@ class WeightsFile(BaseModel):
             files that the export wrote.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")  # what a later hip-trt may add
 
     name: str
     size: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -52,14 +53,31 @@ def make_headers(folder: Path, version: tuple[int, int] = (10, 14)) -> Path:
     return folder
 
 
-def make_packages(site: Path) -> Path:
-    """The registry's CUDA packages, as pip lays them out."""
-    packages = site / "nvidia" / "cu13"
-    make_compiler(packages)
-    for file in ("include/cuda_runtime.h", "nvvm/bin/cicc", "lib/libcudart.so.13", "lib/libcudart_static.a"):
-        (packages / file).parent.mkdir(parents=True, exist_ok=True)
-        (packages / file).touch()
-    return packages
+PACKAGES = {
+    "nvidia-cuda-nvcc": ["bin/nvcc"],
+    "nvidia-cuda-crt": ["include/crt/host_config.h"],
+    "nvidia-nvvm": ["nvvm/bin/cicc"],
+    "nvidia-cuda-runtime": ["include/cuda_runtime.h", "lib/libcudart.so.13", "lib/libcudart_static.a"],
+    "nvidia-cuda-cccl": ["include/cccl/nv/target"],
+    "nvidia-cublas": ["lib/libcublas.so.13"],
+}
+"""Packages in nvidia/cu13 and files of theirs; the last one is no part of a compiler."""
+
+
+def make_packages(site: Path, version: str = "13.0.88") -> Path:
+    """The registry's CUDA packages, as pip installs them; returns ``site``."""
+    folder = site / "nvidia" / "cu13"
+    make_compiler(folder)
+    for name, files in PACKAGES.items():
+        for file in files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).touch()
+        facts = site / f"{name.replace('-', '_')}-{version}.dist-info"
+        facts.mkdir()
+        (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        record = [f"{facts.name}/METADATA", *(f"nvidia/cu13/{file}" for file in files)]
+        (facts / "RECORD").write_text("".join(f"{file},,\n" for file in record))
+    return site
 
 
 def test_compiler_order(toolchain: ModuleType, tmp_path: Path) -> None:
@@ -73,27 +91,80 @@ def test_compiler_order(toolchain: ModuleType, tmp_path: Path) -> None:
     }
     for place in places:
         assert toolchain.cuda_compiler(environment, tmp_path / "downloads", []) == compilers[place]
-        assert toolchain.cuda_requirements(environment) == []
+        assert toolchain.cuda_requirements(environment, tmp_path / "downloads") == []
         environment.pop(place, None)
 
 
-def test_registry_compiler_is_laid_out_as_a_toolkit(toolchain: ModuleType, tmp_path: Path) -> None:
-    packages = make_packages(tmp_path / "site")
+def test_registry_compiler_is_kept_as_a_toolkit(toolchain: ModuleType, tmp_path: Path) -> None:
+    site, downloads = make_packages(tmp_path / "site"), tmp_path / "downloads"
     make_compiler(tmp_path / "toolkit")
     environment = {"HIP_TRT_CUDA": "registry", "CUDA_HOME": str(tmp_path / "toolkit")}
-    for _ in range(2):  # a second build finds the first one's folder
-        compiler = toolchain.cuda_compiler(environment, tmp_path / "downloads", ["", str(tmp_path / "site")])
-        toolkit = compiler.parents[1]
-        assert compiler.resolve() == packages / "bin" / "nvcc"
-        assert (toolkit / "bin" / ".." / "lib64" / "libcudart_static.a").is_file()
-        assert (toolkit / "lib64" / "libcudart.so").resolve() == packages / "lib" / "libcudart.so.13"
-        assert (toolkit / "include" / "cuda_runtime.h").is_file()
-        assert (toolkit / "nvvm" / "bin" / "cicc").is_file()
+    first = toolchain.cuda_compiler(environment, downloads, ["", str(site)])
+    shutil.rmtree(site)  # as build isolation does
+    toolkit = downloads / "cuda"
+    assert first == toolkit / "bin" / "nvcc"
+    assert os.access(first, os.X_OK)
+    assert (toolkit / "lib64" / "libcudart_static.a").is_file()
+    assert (toolkit / "lib64" / "libcudart.so").resolve() == toolkit / "lib" / "libcudart.so.13"
+    assert not (toolkit / "lib" / "libcublas.so.13").exists()
+    assert (toolkit / "include" / "cuda_runtime.h").is_file()
+    assert (toolkit / "nvvm" / "bin" / "cicc").is_file()
+    assert [entry.name for entry in downloads.iterdir()] == ["cuda"]
+    # The next build asks the registry, which has nothing here, for nothing.
+    assert toolchain.cuda_requirements(environment, downloads) == []
+    assert toolchain.cuda_compiler(environment, downloads, []) == first
 
 
-def test_registry_packages_are_of_one_release(toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_copy_is_not_used(toolchain: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, downloads = make_packages(tmp_path / "site"), tmp_path / "downloads"
+    copy = shutil.copy2
+
+    def stop_at_headers(source: str, target: Path) -> None:
+        if source.endswith(".h"):
+            raise KeyboardInterrupt
+        copy(source, target)
+
+    monkeypatch.setattr(toolchain.shutil, "copy2", stop_at_headers)
+    with pytest.raises(KeyboardInterrupt):
+        toolchain.cuda_compiler({}, downloads, [str(site)])
+    assert not (downloads / "cuda").exists()
+    with pytest.raises(toolchain.ToolchainError):
+        toolchain.cuda_requirements({}, downloads)
+
+
+@pytest.mark.parametrize("damage", ["no stamp", "other versions", "a package less", "no compiler"])
+def test_another_copy_is_replaced(
+    toolchain: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    site, downloads = make_packages(tmp_path / "site"), tmp_path / "downloads"
+    compiler = toolchain.cuda_compiler({}, downloads, [str(site)])
+    stamp = downloads / "cuda" / "packages.txt"
+    good = stamp.read_text()
+    if damage == "no compiler":
+        compiler.unlink()
+    elif damage == "no stamp":
+        stamp.unlink()
+    else:
+        lines = good.splitlines()
+        stamp.write_text("\n".join(lines[1:]) if damage == "a package less" else good.replace("13.0.", "13.1."))
     monkeypatch.setattr(toolchain, "_pip", lambda *arguments: None)
-    requirements = toolchain.cuda_requirements({"HIP_TRT_CUDA": "registry"})
+    assert len(toolchain.cuda_requirements({}, downloads)) == 5
+    assert toolchain.cuda_compiler({}, downloads, [str(site)]).is_file()
+    assert stamp.read_text() == good
+    assert toolchain.cuda_requirements({}, downloads) == []
+
+
+def test_packages_of_another_release_are_not_used(toolchain: ModuleType, tmp_path: Path) -> None:
+    site = make_packages(tmp_path / "site", "13.2.78")
+    with pytest.raises(toolchain.ToolchainError, match="not all of nvidia-cuda-nvcc"):
+        toolchain.cuda_compiler({}, tmp_path / "downloads", [str(site)])
+
+
+def test_registry_packages_are_of_one_release(
+    toolchain: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toolchain, "_pip", lambda *arguments: None)
+    requirements = toolchain.cuda_requirements({"HIP_TRT_CUDA": "registry"}, tmp_path)
     assert {requirement.partition("==")[2] for requirement in requirements} == {"13.0.*"}
     assert len(requirements) == 5
 
@@ -117,15 +188,17 @@ def test_old_toolkits_are_passed_over(toolchain: ModuleType, tmp_path: Path) -> 
         ({}, "No matching distribution found for nvidia-cuda-nvcc==13.0.*). Install a CUDA toolkit, or set HIP_TRT_PL"),
     ],
 )
-def test_no_compiler_is_one_clear_line(toolchain: ModuleType, environment: dict[str, str], message: str) -> None:
+def test_no_compiler_is_one_clear_line(
+    toolchain: ModuleType, tmp_path: Path, environment: dict[str, str], message: str
+) -> None:
     with pytest.raises(toolchain.ToolchainError) as raised:
-        toolchain.cuda_requirements(environment)
+        toolchain.cuda_requirements(environment, tmp_path)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 def test_no_compiler_without_build_isolation(toolchain: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(toolchain.ToolchainError, match=r"nvidia-cuda-nvcc==13\.0\.\* is not installed"):
+    with pytest.raises(toolchain.ToolchainError, match=r"not all of nvidia-cuda-nvcc==13\.0\.\* "):
         toolchain.cuda_compiler({}, tmp_path, [str(tmp_path)])
 
 

@@ -22,6 +22,7 @@ import cache_policies
 from hip_trt.config import HipConfig
 from hip_trt.errors import RuntimeInputError
 from hip_trt.evaluate.cache_trace import Accesses, LayerStates, Trace, capture, replay
+from hip_trt.huggingface import cache_argument
 from hip_trt.reference import Tree, select_blocks, tree
 
 CONFIG = HipConfig.create(
@@ -138,7 +139,7 @@ def test_states_are_the_models(tmp_path: Path) -> None:
     """Keys as its cache has them; queries that give its own attention weights."""
     model, stretch, cache = llama(), torch.randint(64, (40,)), DynamicCache()
     with torch.inference_mode():
-        weights = model(stretch[None], past_key_values=cache, output_attentions=True).attentions
+        weights = model(stretch[None], **cache_argument(model, cache), output_attentions=True).attentions
     recorded = capture(model, [stretch.tolist()], [0, 2], steps=5)
     assert recorded.keys() == {0, 2}
     for layer, state in recorded.items():

@@ -13,6 +13,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from decode_study.attention import Decoding, Rows, searched
+from decode_study.case import Case
 from decode_study.facts import rows_of_facts
 from decode_study.representatives import (
     Representative,
@@ -207,6 +208,14 @@ def test_kept_choices_are_joined_by_the_two_newest_candidates() -> None:
         newest = [int(steps.window(64)[row]) - 2, int(steps.window(64)[row]) - 1]
         expected = sorted({*alone[0].nonzero().flatten().tolist(), *newest})
         assert found[row].nonzero().flatten().tolist() == expected
+
+
+def test_a_case_decodes_as_its_row_says() -> None:
+    case = Case(DENSE, 512, 8, 1e-4, renormalised=True)
+    assert case.decoding() == Decoding(DENSE, 512, 1e-4, renormalised=True)
+    assert case.as_json() == {
+        "method": "dense", "budget": 512, "interval": 8, "threshold": 1e-4, "renormalised": True,
+    }
 
 
 def test_which_search_a_step_uses() -> None:

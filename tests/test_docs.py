@@ -130,6 +130,14 @@ def test_versions_in_compatibility_are_those_declared() -> None:
         assert re.search(rf"^{name}=={re.escape(pinned)}( |$)", constraints, re.MULTILINE), name
 
 
+def test_tensorrt_in_compatibility_is_what_is_declared() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    text = (DOCS / "compatibility.md").read_text(encoding="utf-8")
+    for extra, name in (("tensorrt", "TensorRT"), ("tensorrt-rtx", "TensorRT-RTX")):
+        bounds = {part.operator: part.version for part in Requirement(extras[extra][0]).specifier}
+        assert f"{name} {bounds['>=']} to {int(bounds['<']) - 1}.x" in text
+
+
 def test_every_requirement_has_a_lowest_version() -> None:
     """Else the lowest version that the package declares is one from before all else."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -134,6 +136,57 @@ def test_driver_that_shows_no_gpu(machine: Machine) -> None:
     assert "CUDA_VISIBLE_DEVICES" in check("GPU").remedy
 
 
+@pytest.mark.parametrize(
+    ("plugin", "pytorch", "driver", "what"),
+    [
+        ("13.0", "13.2", "12.8", "the plugin needs a driver for CUDA 13.0 or later"),
+        ("12.8", "13.2", "12.9", "PyTorch needs a driver for CUDA 13.0 or later"),
+        ("13.2", "13.2", "13.0", ""),  # one of the same major number will do
+        ("", None, "12.8", ""),  # neither says
+    ],
+)
+def test_old_driver(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, plugin: str, pytorch: str | None, driver: str, what: str
+) -> None:
+    monkeypatch.setattr(doctor, "compiled_for", lambda path: replace(KERNELS, cuda=plugin))
+    monkeypatch.setattr(torch.version, "cuda", pytorch)
+    machine.driver = Driver(driver, (ADA,))
+    found = check("GPU 1")
+    assert (found.status, task("run").status) == (("note", "note") if what else ("ok", "ok"))
+    assert f"driver for CUDA {driver}; {what}" in found.found
+    assert task("run").remedy == ("Update the NVIDIA driver to one for CUDA 13.0 or later." if what else "")
+    assert diagnose().can_export
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "works"),
+    [
+        ("tensorrt", "10.5.0", False), ("tensorrt", "10.6.0.26", True), ("tensorrt", "11.4.2.5", True),
+        ("tensorrt", "12.0.1", False), ("tensorrt-rtx", "1.6.0.4", False), ("tensorrt-rtx", "1.7.1.116", True),
+        ("tensorrt-rtx", "2.0", False),
+    ],
+)
+def test_versions_of_tensorrt(machine: Machine, name: str, version: str, works: bool) -> None:
+    machine.driver, machine.flavours = Driver("13.0", (HOPPER,)), {name: version}
+    assert check(name).status == ("ok" if works else "note")
+    assert diagnose().can_export == works
+    if not works:
+        assert check(name).found == f"{version}, which hip-trt does not work with"
+        assert check(name).remedy == f"pip install 'hip-trt[{name}]'"
+
+
+def test_a_problem_with_the_engines_is_named_where_the_gpu_is_fit(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.driver = Driver("13.0", (ADA,))
+    assert task("run").status == "ok"
+    for_ada = CompiledFor(frozenset({ADA.compute_capability}), frozenset())
+    monkeypatch.setattr(doctor, "compiled_for", lambda path: for_ada)
+    machine.driver, machine.flavours = Driver("13.0", (HOPPER, ADA)), {"tensorrt": "10.14"}
+    assert (check("plugin").status, check("GPU 1").status) == ("problem", "ok")
+    assert (task("run").status, task("run").remedy) == ("note", check("plugin").remedy)
+
+
 def test_tensorrt_without_a_gpu_cannot_build(machine: Machine) -> None:
     machine.flavours = {"tensorrt": "10.14"}
     assert not diagnose().can_export
@@ -258,7 +311,12 @@ def test_compiled_for(tmp_path: Path) -> None:
         assert found.runs_on(ComputeCapability.parse(text)) == runs
     path.write_bytes(b"no CUDA in here")
     assert not compiled_for(path).runs_on(ComputeCapability(8, 0))
+    assert compiled_for(path).cuda == ""
+    path.write_bytes(b"Cuda compilation tools, release 13.0, V13.0.88\0Cuda compilation tools, release 12.9, V12.9.1")
+    assert compiled_for(path).cuda == "13.0"
 
 
 def test_plugin_is_compiled_for_something() -> None:
-    assert compiled_for(library.plugin_path()).cubin
+    found = compiled_for(library.plugin_path())
+    assert found.cubin
+    assert re.fullmatch(r"1[2-9]\.\d", found.cuda or "12.8")

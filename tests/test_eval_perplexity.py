@@ -29,7 +29,7 @@ from hip_trt.evaluate.perplexity_run import Options, run
 from hip_trt.evaluate.rope_scaling import scaled
 from hip_trt.evaluate.study import Study, Table
 from hip_trt.evaluate.teacher_forced import TeacherForcedCache, stretches
-from hip_trt.huggingface import HipCache
+from hip_trt.huggingface import HipCache, cache_argument
 
 SMALL: dict[str, Any] = {
     "mask_k": 32, "decode_mask_k": 16, "block_k": 4, "block_q": 16, "stride_q": 4, "branch": 2, "leaf_branch": 4,
@@ -58,7 +58,7 @@ def some_tokens(count: int, seed: int = 0) -> list[int]:
 def logits(model: LlamaForCausalLM, config: HipConfig, cache: HipCache, calls: list[list[int]]) -> Tensor:
     hip_trt.patch(model, config)
     with torch.inference_mode():
-        return torch.cat([model(torch.tensor([call]), past_key_values=cache).logits[0] for call in calls])
+        return torch.cat([model(torch.tensor([call]), **cache_argument(model, cache)).logits[0] for call in calls])
 
 
 # Decode steps, many at once

@@ -38,6 +38,7 @@ from hip_trt.errors import CheckpointError, ConfigError, ExportError, RuntimeInp
 from hip_trt.export import ExportedModel, Family, build_engine, export_onnx, families, graph, register_family
 from hip_trt.export.checkpoint import open_checkpoint
 from hip_trt.export.layers import Pattern, find_pattern, layer_kinds
+from hip_trt.huggingface import cache_argument, output_cache
 from hip_trt.model_support import check_call, limits
 
 DENSE = HipConfig.create(mask_k=512, decode_mask_k=512, block_q=32, page_size=16, sink_tokens=16, window_tokens=32)
@@ -110,8 +111,8 @@ def test_patched_model(case: Case) -> None:
     cache = None
     for part in ids.split([45, 31, 1, 1, 1, 1], dim=1):
         with torch.no_grad():
-            result = model(part, past_key_values=cache, use_cache=True)
-        cache = result.past_key_values
+            result = model(part, **cache_argument(model, cache), use_cache=True)
+        cache = output_cache(model, result)
         end = cache.get_seq_length()
         np.testing.assert_allclose(result.logits[0], expected[end - part.shape[1] : end], rtol=0, atol=1e-3)
 
@@ -215,10 +216,10 @@ def test_patched_model_refuses_what_lies_beyond() -> None:
     model = hip_trt.patch(CASE["Mistral-7B-v0.1"].model(), DENSE, max_context=80)
     ids = torch.tensor([tokens(81)])
     with torch.no_grad():
-        cache = model(ids[:, :79], use_cache=True).past_key_values
-        model(ids[:, 79:80], past_key_values=cache)
+        cache = output_cache(model, model(ids[:, :79], use_cache=True))
+        model(ids[:, 79:80], **cache_argument(model, cache))
         with pytest.raises(RuntimeInputError, match="81 tokens are beyond max_context 80"):
-            model(ids[:, 80:], past_key_values=cache)
+            model(ids[:, 80:], **cache_argument(model, cache))
     with pytest.raises(RuntimeInputError, match="81 tokens"):
         model(ids)
 

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 import hip_trt
 from hip_trt.config import HipConfig
 from hip_trt.errors import EnvironmentProblem, RuntimeInputError
-from hip_trt.huggingface import HipCache
+from hip_trt.huggingface import HipCache, cache_argument, output_cache
 from hip_trt.offload import Offload, host_limits
 from hip_trt.offload.host_limits import HostMemoryLeft
 from hip_trt.offload.statistics import PrefillTraffic
@@ -68,8 +68,8 @@ def talk(model: LlamaForCausalLM, cache: HipCache | None = None) -> tuple[list[T
         nonlocal cache, valid
         if results:
             valid = torch.cat([valid, torch.ones_like(ids)], dim=1)
-        given = model(ids, attention_mask=valid, past_key_values=cache, use_cache=True)
-        cache = given.past_key_values
+        given = model(ids, attention_mask=valid, **cache_argument(model, cache), use_cache=True)
+        cache = output_cache(model, given)
         results.append(given.logits.clone())
 
     call(prompts(2, 70))
@@ -131,9 +131,9 @@ def test_generate(model: LlamaForCausalLM, host: FakeHost) -> None:
 def test_growth_keeps_rows_and_counts(model: LlamaForCausalLM, host: FakeHost) -> None:
     """From 3 pages a sequence on; resident pools grow otherwise, and give the same."""
     def grow() -> tuple[list[Tensor], HipCache]:
-        cache, results = model(prompts(2, 46)).past_key_values, []
+        cache, results = output_cache(model, model(prompts(2, 46))), []
         for tokens in (1, 1, 1, 1, 14, 1, 1, 1, 40, 1):
-            results.append(model(prompts(2, tokens, seed=len(results)), past_key_values=cache).logits)
+            results.append(model(prompts(2, tokens, seed=len(results)), **cache_argument(model, cache)).logits)
         return results, cache
 
     hip_trt.patch(model, CONFIG)
@@ -145,7 +145,7 @@ def test_growth_keeps_rows_and_counts(model: LlamaForCausalLM, host: FakeHost) -
     assert cache.offloaded.geometry.slots == 9  # 3, 4, 6, 9
     stats = cache.offloaded.stats()
     assert stats.tokens == 16
-    in_the_last_steps = model(prompts(2, 1), past_key_values=cache) and cache.offloaded.stats()
+    in_the_last_steps = model(prompts(2, 1), **cache_argument(model, cache)) and cache.offloaded.stats()
     for before, after in zip(stats.values, in_the_last_steps.values, strict=True):
         assert after.lookups > before.lookups > 7 * (after.lookups - before.lookups) // 2
     assert host.held == 2
@@ -155,10 +155,10 @@ def test_enough_pages_at_once_stay(model: LlamaForCausalLM, host: FakeHost) -> N
     hip_trt.patch(model, CONFIG)
     cache = HipCache(model.config, CONFIG, max_tokens=200, offload=SMALL)
     assert cache.offloaded is None
-    model(prompts(1, 30), past_key_values=cache)
+    model(prompts(1, 30), **cache_argument(model, cache))
     ranges = dict(host.registered)
     for _ in range(4):
-        model(prompts(1, 40), past_key_values=cache)
+        model(prompts(1, 40), **cache_argument(model, cache))
     assert host.registered == ranges
     with pytest.raises(RuntimeInputError, match="cannot be copied"):
         copy.deepcopy(cache)
@@ -169,14 +169,14 @@ def test_reordered_and_repeated(model: LlamaForCausalLM, host: FakeHost) -> None
     results = []
     for offload in (None, WHOLE):
         hip_trt.patch(model, CONFIG, offload=offload)
-        cache = model(ids).past_key_values
+        cache = output_cache(model, model(ids))
         for step in range(2):
-            model(last[:3], past_key_values=cache)  # so that caches hold what will move
+            model(last[:3], **cache_argument(model, cache))  # so that caches hold what will move
             cache.reorder_cache(torch.tensor([2, 0, step]))
         cache.batch_select_indices(torch.tensor([1, 0, 1, 2]))
-        results.append([model(last, past_key_values=cache).logits for _ in range(2)])
+        results.append([model(last, **cache_argument(model, cache)).logits for _ in range(2)])
         cache.batch_select_indices(torch.tensor([3]))
-        results[-1].append(model(last[:1], past_key_values=cache).logits)
+        results[-1].append(model(last[:1], **cache_argument(model, cache)).logits)
         del cache
     for one, other in zip(*results, strict=True):
         assert one.equal(other)
@@ -186,23 +186,23 @@ def test_staging_is_there_for_prefill_only(model: LlamaForCausalLM, host: FakeHo
     sizes = {}
     for release in (True, False):
         hip_trt.patch(model, CONFIG, offload=Offload(release_staging=release))
-        cache = model(prompts(1, 40)).past_key_values
+        cache = output_cache(model, model(prompts(1, 40)))
         prefill = cache.offloaded.stats().other_gpu_bytes
-        model(prompts(1, 1), past_key_values=cache)
+        model(prompts(1, 1), **cache_argument(model, cache))
         sizes[release] = prefill - cache.offloaded.stats().other_gpu_bytes
     assert sizes == {True: 2 * 3 * 2 * 16 * 64 * 2 + 4 * 3 * 4, False: 0}
 
 
 def test_unpatch_gives_memory_back(model: LlamaForCausalLM, host: FakeHost) -> None:
     hip_trt.patch(model, CONFIG, offload=SMALL)
-    cache, own = model(prompts(1, 40)).past_key_values, HipCache(model.config, CONFIG, offload=SMALL)
-    model(prompts(1, 8), past_key_values=own)
+    cache, own = output_cache(model, model(prompts(1, 40))), HipCache(model.config, CONFIG, offload=SMALL)
+    model(prompts(1, 8), **cache_argument(model, own))
     assert host.held == 4
     hip_trt.unpatch(model)
     assert host.held == 0
     hip_trt.patch(model, CONFIG, offload=SMALL)
     with pytest.raises(RuntimeInputError, match="released"):
-        model(prompts(1, 1), past_key_values=cache)
+        model(prompts(1, 1), **cache_argument(model, cache))
     cache.close()
 
 
@@ -237,15 +237,15 @@ def test_host_memory_too_small(
         model(prompts(1, 40))
     assert host.held == 0
     left = HostMemoryLeft(4 * layer, "the test's limit")
-    cache = model(prompts(1, 40)).past_key_values
+    cache = output_cache(model, model(prompts(1, 40)))
     left = HostMemoryLeft(layer, "the test's limit")
     with pytest.raises(RuntimeInputError, match=r"2 layers of 5 pages .* grown from 3 pages, needs"):
-        model(prompts(1, 40, seed=1), past_key_values=cache)
+        model(prompts(1, 40, seed=1), **cache_argument(model, cache))
     assert [layer.lengths.tolist() for layer in cache.layers] == [[40], [40]]
-    after = model(prompts(1, 3, seed=2), past_key_values=cache).logits
+    after = model(prompts(1, 3, seed=2), **cache_argument(model, cache)).logits
     hip_trt.patch(model, CONFIG)
-    cache = model(prompts(1, 40)).past_key_values
-    assert after.equal(model(prompts(1, 3, seed=2), past_key_values=cache).logits)
+    cache = output_cache(model, model(prompts(1, 40)))
+    assert after.equal(model(prompts(1, 3, seed=2), **cache_argument(model, cache)).logits)
 
 
 def test_locking_refused(model: LlamaForCausalLM, host: FakeHost) -> None:
@@ -260,16 +260,16 @@ def test_locking_refused(model: LlamaForCausalLM, host: FakeHost) -> None:
 def test_growing_refused_half_way(model: LlamaForCausalLM, host: FakeHost) -> None:
     """One layer has grown, the other not: the next call goes on from there."""
     hip_trt.patch(model, CONFIG)
-    cache = model(prompts(1, 40)).past_key_values
-    expected = model(prompts(1, 40, seed=1), past_key_values=cache).logits
+    cache = output_cache(model, model(prompts(1, 40)))
+    expected = model(prompts(1, 40, seed=1), **cache_argument(model, cache)).logits
     hip_trt.patch(model, CONFIG, offload=SMALL)
-    cache = model(prompts(1, 40)).past_key_values
+    cache = output_cache(model, model(prompts(1, 40)))
     host.refuse = 1
     with pytest.raises(EnvironmentProblem, match="does not lock"):
-        model(prompts(1, 40, seed=1), past_key_values=cache)
+        model(prompts(1, 40, seed=1), **cache_argument(model, cache))
     assert [layer.lengths.tolist() for layer in cache.layers] == [[40], [40]]
     host.refuse = None
-    assert model(prompts(1, 40, seed=1), past_key_values=cache).logits.equal(expected)
+    assert model(prompts(1, 40, seed=1), **cache_argument(model, cache)).logits.equal(expected)
 
 
 def test_driver_that_registers_nothing_gives_its_own(

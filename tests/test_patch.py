@@ -33,7 +33,7 @@ import hip_trt
 from hip_trt import operator as names
 from hip_trt.config import HipConfig
 from hip_trt.errors import CheckpointError, ConfigError, RuntimeInputError
-from hip_trt.huggingface import HipCache, output_cache
+from hip_trt.huggingface import HipCache, cache_argument, output_cache
 from hip_trt.huggingface.cache_name import cache_name
 from hip_trt.reference import hip_attention
 from hip_trt.runtime import Generator
@@ -147,9 +147,9 @@ def test_generates_as_the_runtime_does(model: LlamaForCausalLM, config: HipConfi
 def test_searches_from_the_top_every_refresh_interval(model: LlamaForCausalLM) -> None:
     hip_trt.patch(model, SPARSE.replace(dense_layers=[0]))
     with Calls() as recorded:
-        cache = model(prompts(2, 20)).past_key_values
+        cache = output_cache(model, model(prompts(2, 20)))
         for tokens in (1, 1, 1, 1, 1, 4, 1, 1):
-            model(prompts(2, tokens), past_key_values=cache)
+            model(prompts(2, tokens), **cache_argument(model, cache))
     first, second = recorded.calls[::2], recorded.calls[1::2]
     assert [call["refresh_mask"] for call in second] == [[n] for n in (1, 1, 0, 0, 1, 0, 1, 1, 0)]
     assert [call["past_lengths"] for call in second] == [[n, n] for n in (0, 20, 21, 22, 23, 24, 25, 29, 30)]
@@ -157,6 +157,7 @@ def test_searches_from_the_top_every_refresh_interval(model: LlamaForCausalLM) -
     assert {call["dense"] for call in second} == {0}
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", sorted({"past_key_values", cache_name(LlamaForCausalLM)}))
 @pytest.mark.parametrize("stack", [False, True], ids=["model", "decoder stack"])
 def test_chunks_of_whole_query_blocks_give_the_same(model: LlamaForCausalLM, name: str, stack: bool) -> None:
@@ -177,14 +178,23 @@ def test_chunks_of_whole_query_blocks_give_the_same(model: LlamaForCausalLM, nam
     assert cache.get_seq_length() == 100
 
 
+def test_cache_by_both_names_is_refused(model: LlamaForCausalLM) -> None:
+    hip_trt.patch(model, SPARSE)
+    stack, cache = model.model, HipCache(model.config, SPARSE)
+    with pytest.raises(TypeError, match="cache and past_key_values are two names of one argument"):
+        stack(prompts(1, 8), cache=cache, past_key_values=HipCache(model.config, SPARSE))
+    result = stack(prompts(1, 8), cache=cache, past_key_values=None)
+    assert output_cache(stack, result) is cache
+
+
 def test_loss_over_a_long_text(model: LlamaForCausalLM) -> None:
     ids = prompts(1, 120)
     hip_trt.patch(model, SPARSE)
     with_cache, without = model(ids, labels=ids), model(ids, labels=ids, use_cache=False)
     torch.testing.assert_close(with_cache.logits, without.logits, atol=0, rtol=0)
     assert torch.isfinite(without.loss)
-    assert without.past_key_values is None
-    assert isinstance(with_cache.past_key_values, HipCache)
+    assert output_cache(model, without) is None
+    assert isinstance(output_cache(model, with_cache), HipCache)
 
 
 # Padding
@@ -217,7 +227,7 @@ def test_padding_is_neither_attended_nor_kept(model: LlamaForCausalLM) -> None:
     ids, valid = prompts(3, 30), torch.ones(3, 30, dtype=torch.long)
     valid[1, :11] = 0
     valid[2] = 0
-    cache = model(ids, attention_mask=valid).past_key_values
+    cache = output_cache(model, model(ids, attention_mask=valid))
     assert cache.layers[1].lengths.tolist() == [30, 19, 0]
     assert cache.get_seq_length() == 30
 
@@ -227,11 +237,11 @@ def test_padding_is_neither_attended_nor_kept(model: LlamaForCausalLM) -> None:
 
 def test_pools_grow_with_the_sequences(model: LlamaForCausalLM) -> None:
     hip_trt.patch(model, SPARSE)
-    cache = model(prompts(2, 9)).past_key_values
+    cache = output_cache(model, model(prompts(2, 9)))
     layer = cache.layers[0]
     assert layer.page_table.tolist() == [[0, 2], [1, 3]]
     before = layer.keys.clone()
-    model(prompts(2, 10), past_key_values=cache)
+    model(prompts(2, 10), **cache_argument(model, cache))
     assert layer.page_table.tolist() == [[0, 2, 4], [1, 3, 5]]
     assert layer.keys.shape == (6, 2, 8, 8)
     assert layer.keys[:2].equal(before[:2])  # the full pages
@@ -240,10 +250,10 @@ def test_pools_grow_with_the_sequences(model: LlamaForCausalLM) -> None:
 def test_pools_allocated_at_once_stay(model: LlamaForCausalLM) -> None:
     hip_trt.patch(model, SPARSE)
     cache = HipCache(model.config, SPARSE, max_tokens=64)
-    model(prompts(1, 3), past_key_values=cache)
+    model(prompts(1, 3), **cache_argument(model, cache))
     address = cache.layers[1].values.data_ptr()
     for _ in range(4):
-        model(prompts(1, 15), past_key_values=cache)
+        model(prompts(1, 15), **cache_argument(model, cache))
     assert cache.layers[1].values.data_ptr() == address
 
 
@@ -253,21 +263,21 @@ def test_sequences_can_be_reordered_repeated_and_forgotten(model: LlamaForCausal
     valid = torch.ones_like(ids)
     valid[1, :20] = 0
     order = torch.tensor([1, 0, 1, 2])
-    cache = model(ids, attention_mask=valid).past_key_values
+    cache = output_cache(model, model(ids, attention_mask=valid))
     cache.batch_select_indices(order[:3])
     cache.reorder_cache(torch.tensor([2, 1, 0]))
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 2, 4, 5]))  # sequences 1, 0, 1, 1
     order = torch.tensor([1, 0, 1, 1])
-    expected = model(ids[order], attention_mask=valid[order]).past_key_values
+    expected = output_cache(model, model(ids[order], attention_mask=valid[order]))
     step = {"attention_mask": torch.ones(4, 61), "position_ids": torch.full((4, 1), 60)}
     torch.testing.assert_close(
-        model(last, past_key_values=cache, **step).logits, model(last, past_key_values=expected, **step).logits,
+        *(model(last, **cache_argument(model, one), **step).logits for one in (cache, expected)),
         atol=1e-5, rtol=1e-5,
     )
     cache.reset()
     assert cache.get_seq_length() == 0
-    torch.testing.assert_close(model(ids[order], past_key_values=cache).logits, model(ids[order]).logits)
+    torch.testing.assert_close(model(ids[order], **cache_argument(model, cache)).logits, model(ids[order]).logits)
 
 
 # Patching
@@ -283,7 +293,7 @@ def test_unpatch_restores(model: LlamaForCausalLM) -> None:
     assert model.config._attn_implementation == implementation
     result = model(ids)
     assert result.logits.equal(expected.logits)
-    assert type(result.past_key_values) is type(expected.past_key_values)
+    assert type(output_cache(model, result)) is type(output_cache(model, expected))
     hip_trt.unpatch(model)
 
 
@@ -341,9 +351,9 @@ def filled_cache() -> DynamicCache:
         (lambda model: {"output_attentions": True}, "output_attentions"),
         (lambda model: {"attention_mask": torch.ones(1, 1, 8, 8)}, "4-D attention_mask"),
         (lambda model: {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), "use_cache": False}, "packed seq"),
-        (lambda model: {"past_key_values": StaticCache(config=model.config, max_cache_len=32)}, "a StaticCache"),
-        (lambda model: {"past_key_values": filled_cache()}, "a DynamicCache"),
-        (lambda model: {"past_key_values": model(prompts(2, 3)).past_key_values}, "holds 2 sequences, the call has 1"),
+        (lambda model: cache_argument(model, StaticCache(config=model.config, max_cache_len=32)), "a StaticCache"),
+        (lambda model: cache_argument(model, filled_cache()), "a DynamicCache"),
+        (lambda model: cache_argument(model, output_cache(model, model(prompts(2, 3)))), "holds 2 sequences, the call"),
     ],
     ids=["weights", "4-D mask", "packed", "static cache", "filled cache", "another batch"],
 )
@@ -399,9 +409,11 @@ def test_compiles_without_graph_breaks(one_layer: LlamaForCausalLM) -> None:
 def test_compiled_decode_steps_keep_the_cache(one_layer: LlamaForCausalLM) -> None:
     model = hip_trt.patch(one_layer, SPARSE)
     ids, compiled = prompts(1, 60), torch.compile(model, fullgraph=True, backend="aot_eager")
-    caches = [model(ids, use_cache=True).past_key_values for _ in range(2)]
+    caches = [output_cache(model, model(ids, use_cache=True)) for _ in range(2)]
     for token in prompts(4, 1, 1, seed=2):
-        eager, traced = model(token, past_key_values=caches[0]), compiled(token, past_key_values=caches[1])
+        eager, traced = (
+            one(token, **cache_argument(model, cache)) for one, cache in zip((model, compiled), caches, strict=True)
+        )
         torch.testing.assert_close(traced.logits, eager.logits, atol=1e-4, rtol=1e-4)
     assert caches[1].layers[0].lengths.tolist() == [64]
 

@@ -34,7 +34,8 @@ from plugin_host import (
 from hip_trt import library
 from hip_trt import operator as names
 from hip_trt.config import HipConfig
-from hip_trt.errors import HipTrtError, PluginError
+from hip_trt.errors import EngineError, HipTrtError, PluginError
+from hip_trt.spec import require_format
 from hip_trt.tensorrt_flavour import Flavour, find_flavour
 
 ROOT = Path(__file__).parents[1]
@@ -215,14 +216,18 @@ def test_engine_of_another_version(flavour: Flavour, creator: Any) -> None:
     plugin, errors = create(flavour, creator, stored, "RUNTIME")
     assert plugin is not None
     assert errors == []
-    newer = names.OP_VERSION + 1
-    plugin, errors = create(flavour, creator, {**stored, "operator_version": newer}, "RUNTIME")
+
+
+@pytest.mark.parametrize("format_version", [names.OP_VERSION + 1, None])
+@pytest.mark.parametrize("built_by", ["0.0.7", ""])
+def test_engine_of_another_format(flavour: Flavour, creator: Any, format_version: int | None, built_by: str) -> None:
+    """It is refused in the words in which its description would be; engines of early versions say neither."""
+    stored = {"operator_version": format_version, "hip_trt_version": built_by, "of_another_version": 1}
+    plugin, errors = create(flavour, creator, {name: value for name, value in stored.items() if value}, "RUNTIME")
+    with pytest.raises(EngineError) as refused:
+        require_format("HipAttention (layer)", format_version, built_by)
     assert plugin is None
-    assert errors == [
-        f"HipAttention (layer): the engine was built by hip-trt 0.0.7 and computes version {newer} of the operator; "
-        f"this library, of hip-trt {library.version()}, computes version {names.OP_VERSION}. Export the model again, "
-        "or install hip-trt 0.0.7."
-    ]
+    assert errors == [str(refused.value)]
 
 
 def test_lean_runtime_hands_out_the_capabilities(plugin_path: Path) -> None:

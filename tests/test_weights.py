@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import time
@@ -22,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from hip_trt.config import HipConfig
 from hip_trt.errors import EngineError, ExportError
 from hip_trt.export import ExportedModel, export_onnx, graph, onnx_export, weights
-from hip_trt.onnx_file import map_weights, read_onnx
+from hip_trt.onnx_file import WEIGHTS_KEY, map_weights, read_onnx
+from hip_trt.spec import METADATA_KEY
 
 HIP = HipConfig.create(
     mask_k=512, decode_mask_k=512, block_q=8, block_k=4, stride_q=2, branch=2, leaf_branch=2, page_size=8,
@@ -330,3 +332,30 @@ def test_models_that_are_links_themselves(copied: ExportedModel, tmp_path: Path)
     for path in (copied.path, *copied.data):
         (snapshot / path.name).symlink_to(path)
     assert read_onnx(snapshot / "model.onnx").spec == copied.spec
+
+
+# Metadata
+
+
+def edit_metadata(path: Path, key: str, edit: Callable[[Any], object]) -> None:
+    """Change in place what an .onnx file's metadata holds in JSON."""
+    model = onnx.load(path, load_external_data=False)
+    (entry,) = (entry for entry in model.metadata_props if entry.key == key)
+    value = json.loads(entry.value)
+    edit(value)
+    entry.value = json.dumps(value)
+    path.write_bytes(model.SerializeToString())
+
+
+def test_facts_of_a_later_version_are_passed_over(copied: ExportedModel) -> None:
+    before = read_onnx(copied.path)
+    edit_metadata(copied.path, METADATA_KEY, lambda spec: spec.update(later=1))
+    edit_metadata(copied.path, WEIGHTS_KEY, lambda records: records[0].update(later=1))
+    after = read_onnx(copied.path)
+    assert (after.spec, after.checksums) == (before.spec, before.checksums)
+
+
+def test_settings_of_a_later_version_are_refused(copied: ExportedModel) -> None:
+    """They change what is computed, so the rest is of no use without them."""
+    edit_metadata(copied.path, METADATA_KEY, lambda spec: spec["hip"].update(later=1))
+    refused(copied.path, "of another version: hip.later: ", "Export it again")

@@ -6,7 +6,6 @@ All questions of a context are asked at once: their rows see the context and the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,21 +14,11 @@ from torch import Tensor
 from hip_trt.evaluate.retrieval_language import RecallLanguage
 from hip_trt.evaluate.retrieval_probes import Probe, synthetic_probe
 
-from .attention import Decoding, Prompt, Rows, searched
-from .selection import Method
+from .attention import Prompt, Rows, searched
+from .case import Case
 
 FACTS = 32
 """In a context, each once."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A row: a method, the tokens it may choose, the steps between searches, the threshold for values."""
-
-    method: Method
-    budget: int
-    interval: int = 1
-    threshold: float = 0.0
 
 
 def measure(
@@ -57,8 +46,7 @@ def measure(
                 found[index] += int(ask(model, prompt, probe, case).sum())
         of = contexts * FACTS
         for case, right in zip(cases, found, strict=True):
-            rows.append({"length": length, "method": case.method.name, "budget": case.budget,
-                         "interval": case.interval, "threshold": case.threshold, "right": right, "of": of})
+            rows.append({"length": length, **case.as_json(), "right": right, "of": of})
             say(f"{length} {case.budget // 64:4d} {case.interval} {case.threshold:g} {right} of {of} "
                 f"{case.method.name}")
         save(rows)
@@ -76,7 +64,7 @@ def ask(model: Any, prompt: Prompt, probe: Probe, case: Case) -> Tensor:
     ends = [[*fact.question, *fact.answer] for fact in probe.facts]
     tokens = [[*probe.context[start:].tolist(), *end[:-1]] for end in ends]
     steps = rows_of_facts(len(tokens), len(tokens[0]), start, case.interval, device=model.device)
-    decoding = Decoding(case.method, case.budget, case.threshold)
+    decoding = case.decoding()
     logits = prompt.cut(start).decode(model, [token for fact in tokens for token in fact], steps, decoding)
     answer = torch.tensor([fact.answer for fact in probe.facts], device=model.device)
     likeliest = logits.reshape(len(tokens), len(tokens[0]), -1)[:, -answer.shape[1] :].argmax(-1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,28 +13,14 @@ from hip_trt.evaluate.likelihood import LogLikelihood
 from hip_trt.evaluate.perplexity import Setting, compared
 from hip_trt.evaluate.rope_scaling import scaled
 
-from .attention import Decoding, Prompt, Rows
-from .selection import DENSE, Method
+from .attention import Prompt, Rows
+from .case import Case
+from .selection import DENSE
 
 TOKENS, DECODED = 16_384, 2_048
 """Of a stretch of text; those at its end that are decoded, after the others were read densely."""
 SHARES = (0.25, 0.125, 0.06)
 """Budgets, of the candidates at the end."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A row: a method, the tokens it may choose, the steps between searches, the threshold for values."""
-
-    method: Method
-    budget: int
-    interval: int = 1
-    threshold: float = 0.0
-    renormalised: bool = False
-
-    def as_json(self) -> dict[str, Any]:
-        return {"method": self.method.name, "budget": self.budget, "interval": self.interval,
-                "threshold": self.threshold, "renormalised": self.renormalised}
 
 
 def budget_of(share: float) -> int:
@@ -66,7 +51,7 @@ def measure(
         read = {name: [Prompt().read(model, tokens[:prompt]) for tokens in texts[name]] for name in texts}
 
         def losses(name: str, case: Case) -> tuple[Tensor, list[int]]:
-            decoding = Decoding(case.method, case.budget, case.threshold, case.renormalised)
+            decoding = case.decoding()
             steps = Rows.of_text(prompt, DECODED, interval=case.interval, device=model.device)
             found = []
             for tokens, beginning in zip(texts[name], read[name], strict=True):

@@ -11,6 +11,7 @@ from hip_trt.evaluate.models import encode
 from hip_trt.evaluate.texts import Text
 
 from . import facts, mass, perplexity
+from .case import Case
 from .methods import CHOSEN, CHOSEN_RAW, EXACT, FINALISTS, REUSED, THRESHOLDED
 from .selection import DENSE
 
@@ -33,43 +34,40 @@ def stretches_of(tokenizer: Any, text: Text, count: int) -> list[list[int]]:
     return [ids[first : first + tokens] for first in range(0, len(ids) - tokens + 1, tokens)]
 
 
-def cases_at_default() -> list[perplexity.Case]:
+def cases_at_default() -> list[Case]:
     """The default budget, choices that are kept, values that are left out."""
-    case = perplexity.Case
     return [
-        *(case(method, BUDGET) for method in FINALISTS),
-        *(case(method, BUDGET, INTERVAL) for method in REUSED),
-        *(case(method, BUDGET, 1, threshold) for method in THRESHOLDED for threshold in THRESHOLDS),
-        *(case(CHOSEN, BUDGET, 1, threshold, renormalised=True) for threshold in THRESHOLDS),
+        *(Case(method, BUDGET) for method in FINALISTS),
+        *(Case(method, BUDGET, INTERVAL) for method in REUSED),
+        *(Case(method, BUDGET, 1, threshold) for method in THRESHOLDED for threshold in THRESHOLDS),
+        *(Case(CHOSEN, BUDGET, 1, threshold, renormalised=True) for threshold in THRESHOLDS),
     ]
 
 
-def cases_to_choose() -> list[perplexity.Case]:
+def cases_to_choose() -> list[Case]:
     """More blocks, and other intervals, for what may be chosen."""
-    case = perplexity.Case
     return [
-        case(CHOSEN, WIDER), case(CHOSEN, BUDGET, 2), case(CHOSEN, BUDGET, 0), case(CHOSEN, WIDER, INTERVAL),
-        case(CHOSEN, BUDGET, 4), case(EXACT, WIDER), case(CHOSEN_RAW, WIDER), case(EXACT, BUDGET, 0),
+        Case(CHOSEN, WIDER), Case(CHOSEN, BUDGET, 2), Case(CHOSEN, BUDGET, 0), Case(CHOSEN, WIDER, INTERVAL),
+        Case(CHOSEN, BUDGET, 4), Case(EXACT, WIDER), Case(CHOSEN_RAW, WIDER), Case(EXACT, BUDGET, 0),
     ]
 
 
-def facts_to_choose() -> list[facts.Case]:
+def facts_to_choose() -> list[Case]:
     """The same for facts, and dense."""
-    case = facts.Case
     return [
-        case(DENSE, 0), case(CHOSEN, WIDER), case(CHOSEN, 2 * BUDGET), case(CHOSEN, BUDGET, 2), case(CHOSEN, BUDGET, 0),
-        case(CHOSEN, BUDGET, 4), case(CHOSEN, WIDER, INTERVAL), case(CHOSEN, 2 * BUDGET, INTERVAL),
-        case(EXACT, BUDGET, 0), case(EXACT, BUDGET, 2), case(EXACT, 2 * BUDGET, INTERVAL), case(CHOSEN_RAW, WIDER),
+        Case(DENSE, 0), Case(CHOSEN, WIDER), Case(CHOSEN, 2 * BUDGET), Case(CHOSEN, BUDGET, 2), Case(CHOSEN, BUDGET, 0),
+        Case(CHOSEN, BUDGET, 4), Case(CHOSEN, WIDER, INTERVAL), Case(CHOSEN, 2 * BUDGET, INTERVAL),
+        Case(EXACT, BUDGET, 0), Case(EXACT, BUDGET, 2), Case(EXACT, 2 * BUDGET, INTERVAL), Case(CHOSEN_RAW, WIDER),
     ]
 
 
-def cases_below() -> list[perplexity.Case]:
+def cases_below() -> list[Case]:
     """Smaller budgets."""
     quarter, eighth, least = map(perplexity.budget_of, perplexity.SHARES)
     return [
-        *(perplexity.Case(method, budget) for budget in (quarter, least) for method in FINALISTS),
-        *(perplexity.Case(method, BUDGET // 2, INTERVAL) for method in REUSED),
-        *(perplexity.Case(method, eighth) for method in FINALISTS),
+        *(Case(method, budget) for budget in (quarter, least) for method in FINALISTS),
+        *(Case(method, BUDGET // 2, INTERVAL) for method in REUSED),
+        *(Case(method, eighth) for method in FINALISTS),
     ]
 
 
@@ -108,9 +106,9 @@ def measure(
                                    save=partial(_after, list(rows), save))
         say(f"perplexity of {count} stretches a text is done")
         if count == 2:
-            asked = [*(facts.Case(method, BUDGET) for method in FINALISTS),
-                     *(facts.Case(method, BUDGET, INTERVAL) for method in REUSED),
-                     *(facts.Case(method, BUDGET // 2) for method in REUSED), *facts_to_choose()]
+            asked = [*(Case(method, BUDGET) for method in FINALISTS),
+                     *(Case(method, BUDGET, INTERVAL) for method in REUSED),
+                     *(Case(method, BUDGET // 2) for method in REUSED), *facts_to_choose()]
             facts.measure(recall, (131_072, 65_536, 32_768), asked, contexts=10, say=lambda line: None,
                           save=lambda found: save("facts", found))
             say("facts are done")

@@ -19,7 +19,7 @@ from transformers.masking_utils import causal_mask_function
 from hip_trt.config import HipConfig
 from hip_trt.errors import CheckpointError, ConfigError, RuntimeInputError
 from hip_trt.huggingface.cache import HipCache
-from hip_trt.huggingface.cache_name import CACHE_NAMES, CacheName, cache_name
+from hip_trt.huggingface.cache_name import CacheName, cache_name, take_cache
 from hip_trt.model_support import check_call, check_model, limits, resolve_context
 from hip_trt.offload import Offload
 
@@ -131,8 +131,7 @@ def _give_cache(
             kwargs.get("output_attentions") is None and getattr(model_config, "output_attentions", False)
         ):
             raise RuntimeInputError("output_attentions: HiP has no attention weights to give.", "Leave it out.")
-        given = [cache for cache in (kwargs.pop(other, None) for other in CACHE_NAMES) if cache is not None]
-        cache, keep = given[0] if given else None, True
+        cache, keep = take_cache(kwargs), True
         if not isinstance(cache, HipCache):
             if cache is not None and not (type(cache) is DynamicCache and cache.get_seq_length() == 0):
                 raise RuntimeInputError(

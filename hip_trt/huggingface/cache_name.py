@@ -25,6 +25,18 @@ def cache_argument(model: object, cache: Any) -> dict[str, Any]:
     return {cache_name(type(model)): cache}
 
 
+def take_cache(arguments: dict[str, Any]) -> Any:
+    """Take the cache, by either name, out of a call's keyword arguments; None where there is none.
+
+    Raises:
+        TypeError: there are two.
+    """
+    given = [cache for cache in (arguments.pop(name, None) for name in CACHE_NAMES) if cache is not None]
+    if len(given) > 1:
+        raise TypeError(f"{' and '.join(CACHE_NAMES)} are two names of one argument, and both are given: give one.")
+    return given[0] if given else None
+
+
 def output_cache(model: object, output: Any) -> Any:
     """The cache in what a model has returned."""
     return getattr(output, cache_name(type(model)))

@@ -2,6 +2,7 @@
 
 #include "logging.h"
 
+#include <algorithm>
 #include <cstring>
 #include <string_view>
 #include <utility>
@@ -110,6 +111,14 @@ public:
         return found;
     }
 
+    //! The same for a field that may be missing.
+    PluginField const* findIfGiven(char const* name, PluginFieldType type)
+    {
+        bool const given = std::any_of(mFields.begin(), mFields.end(),
+            [name](PluginField const& field) { return std::strcmp(field.name, name) == 0; });
+        return given ? find(name, type) : nullptr;
+    }
+
     //! Report every field that nobody asked for.
     void refuseOthers()
     {
@@ -139,6 +148,22 @@ private:
     std::vector<bool> mUsed;
     bool mOk{true};
 };
+
+//! Refuse the engine of another version: one whose operator is another's, or that does not say which it computes. The
+//! words are those of require_format() in hip_trt/spec.py.
+void requireFormat(FieldReader& reader)
+{
+    PluginField const* const builtBy = reader.findIfGiven(kHIP_TRT_VERSION_FIELD, PluginFieldType::kCHAR);
+    PluginField const* const format = reader.findIfGiven(kOPERATOR_VERSION_FIELD, PluginFieldType::kINT32);
+    if (!reader.ok() || (format != nullptr && *static_cast<int32_t const*>(format->data) == HIP_TRT_OPERATOR_VERSION))
+    {
+        return;
+    }
+    reader.fail(concat("made by hip-trt ", builtBy != nullptr ? text(*builtBy) : "of an unknown version", " in format ",
+        format != nullptr ? std::to_string(*static_cast<int32_t const*>(format->data)) : "none", "; this is hip-trt ",
+        hipTrtVersion(), ", which reads format ", HIP_TRT_OPERATOR_VERSION,
+        ". Export it again with `hip-trt export`."));
+}
 
 //! Ranges and combinations of the attributes alone. What a value may be is decided in one place, hipTrtValidate(),
 //! which also wants head counts; those are not known yet, so it is asked about the plainest. Whether kernels exist for
@@ -182,16 +207,7 @@ std::optional<HipTrtConfig> parseFields(
     if (phase == nvinfer1::TensorRTPhase::kRUNTIME)
     {
         // Before anything else: another version may have other fields, and its engine other tensors.
-        PluginField const* const builtBy = reader.find(kHIP_TRT_VERSION_FIELD, PluginFieldType::kCHAR);
-        PluginField const* const version = reader.find(kOPERATOR_VERSION_FIELD, PluginFieldType::kINT32);
-        if (builtBy != nullptr && version != nullptr
-            && *static_cast<int32_t const*>(version->data) != HIP_TRT_OPERATOR_VERSION)
-        {
-            reader.fail(concat("the engine was built by hip-trt ", text(*builtBy), " and computes version ",
-                *static_cast<int32_t const*>(version->data), " of the operator; this library, of hip-trt ",
-                hipTrtVersion(), ", computes version ", HIP_TRT_OPERATOR_VERSION,
-                ". Export the model again, or install hip-trt ", text(*builtBy), "."));
-        }
+        requireFormat(reader);
         if (!reader.ok())
         {
             return std::nullopt;

@@ -142,12 +142,12 @@ void checkCopies(Library const& library, HostLogger& logger)
     CHECK_EQUAL(logger.take(), "");
     serialized.set("operator_version", int32_t{HIP_TRT_OPERATOR_VERSION + 1});
     CHECK(library.creator->createPlugin("layer", serialized.collection(), TensorRTPhase::kRUNTIME) == nullptr);
-    CHECK_LOGGED("the engine was built by hip-trt 0.0.7 and computes version "
-        + std::to_string(HIP_TRT_OPERATOR_VERSION + 1) + " of the operator; this library, of hip-trt "
-        + library.version());
+    std::string const thisOne = "; this is hip-trt " + std::string{library.version()} + ", which reads format "
+        + std::to_string(HIP_TRT_OPERATOR_VERSION) + ". Export it again with `hip-trt export`.";
+    CHECK_LOGGED("made by hip-trt 0.0.7 in format " + std::to_string(HIP_TRT_OPERATOR_VERSION + 1) + thisOne);
     serialized.remove("operator_version");
     CHECK(library.creator->createPlugin("layer", serialized.collection(), TensorRTPhase::kRUNTIME) == nullptr);
-    CHECK_LOGGED("operator_version: is missing");
+    CHECK_LOGGED("made by hip-trt 0.0.7 in format none" + thisOne);
 }
 
 void checkTypes(Library const& library, HostLogger& logger)

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 import hip_trt
 from hip_trt.config import HipConfig
-from hip_trt.huggingface import HipCache
+from hip_trt.huggingface import HipCache, cache_argument, output_cache
 from hip_trt.offload import Offload
 from hip_trt.offload.host_memory import CudaHost, HostMemory, Refused
 
@@ -63,8 +63,8 @@ def talk(model: LlamaForCausalLM) -> tuple[list[Tensor], HipCache]:
     cache, results, generator = None, [], torch.Generator().manual_seed(0)
     for tokens in (1000, *[1] * 20, 77, *[1] * 20, 700, 1):
         ids = torch.randint(1, 61, (2, tokens), generator=generator).to(CUDA)
-        given = model(ids, past_key_values=cache, use_cache=True)
-        cache = given.past_key_values
+        given = model(ids, **cache_argument(model, cache), use_cache=True)
+        cache = output_cache(model, given)
         results.append(given.logits.cpu())
     return results, cache
 

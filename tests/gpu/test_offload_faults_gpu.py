@@ -21,6 +21,7 @@ from torch import Tensor
 
 import hip_trt
 from hip_trt.errors import EnvironmentProblem, RuntimeInputError
+from hip_trt.huggingface import cache_argument, output_cache
 from hip_trt.library import Library
 from hip_trt.offload import Geometry, Offload, OffloadedCache, host_limits
 from hip_trt.offload.host_limits import HostMemoryLeft, host_memory_left
@@ -196,14 +197,14 @@ def test_sequence_that_grows_beyond_host_memory(monkeypatch: pytest.MonkeyPatch)
     for offload in (None, Offload()):
         hip_trt.patch(model, CONFIG, offload=offload)
         with torch.inference_mode():
-            cache = model(ids[:, :500], use_cache=True).past_key_values
+            cache = output_cache(model, model(ids[:, :500], use_cache=True))
             if offload:
                 with monkeypatch.context() as patch:
                     patch.setattr(host_limits, "host_memory_left", lambda: HostMemoryLeft(100_000, "the test's limit"))
                     with pytest.raises(RuntimeInputError, match=r"grown from 8 pages, needs .*the test's limit"):
-                        model(ids[:, 500:], past_key_values=cache)
-            results.append(model(ids[:, 500:], past_key_values=cache).logits.cpu())
-            results.append(model(ids[:, :1], past_key_values=cache).logits.cpu())
+                        model(ids[:, 500:], **cache_argument(model, cache))
+            results.append(model(ids[:, 500:], **cache_argument(model, cache)).logits.cpu())
+            results.append(model(ids[:, :1], **cache_argument(model, cache)).logits.cpu())
         del cache
         gc.collect()
         hip_trt.unpatch(model)

@@ -42,11 +42,11 @@ Settings = dict[str, Any]
 T = TypeVar("T")
 
 _DOWNLOADS = Path("build", "toolchain")
-"""Where headers and the registry's compiler are laid out, within the source tree."""
+"""Where fetched headers and the registry's compiler are kept, within the source tree."""
 
 
 def get_requires_for_build_wheel(config_settings: Settings | None = None) -> list[str]:
-    """Build requirements: scikit-build-core's, and the CUDA packages if this machine has no toolkit."""
+    """Build requirements: scikit-build-core's, and the CUDA packages if there is no toolkit and no kept copy."""
     return _requires(backend.get_requires_for_build_wheel, config_settings)
 
 
@@ -82,7 +82,7 @@ def build_editable(
 def _requires(base: Callable[[Settings | None], list[str]], config_settings: Settings | None) -> list[str]:
     requires = base(_settings(config_settings))
     if _plugin_wanted():
-        requires += _or_exit(lambda: toolchain.cuda_requirements(os.environ))
+        requires += _or_exit(lambda: toolchain.cuda_requirements(os.environ, _DOWNLOADS))
     return requires
 
 

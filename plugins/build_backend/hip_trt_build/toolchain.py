@@ -1,7 +1,7 @@
 """Where the plugin's CUDA compiler and TensorRT headers come from.
 
 CUDA compiler, the first of: ``CUDACXX``; ``CUDA_HOME`` or ``CUDA_PATH``; ``nvcc`` on ``PATH``; /usr/local/cuda; the
-registry packages :data:`CUDA_PACKAGES`.
+registry packages :data:`CUDA_PACKAGES`, of which the first build keeps a copy for those that follow.
 
 TensorRT headers, the first of: ``TENSORRT_INCLUDE_DIR``; an installed SDK (:data:`SDK_FOLDERS`); the registry package
 :data:`HEADERS_PACKAGE`.
@@ -9,7 +9,6 @@ TensorRT headers, the first of: ``TENSORRT_INCLUDE_DIR``; an installed SDK (:dat
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -17,7 +16,9 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from fnmatch import fnmatch
+from importlib.metadata import Distribution, distributions
+from pathlib import Path, PurePosixPath
 
 Environment = Mapping[str, str]
 
@@ -29,6 +30,10 @@ CUDA_PACKAGES = (
     "nvidia-cuda-runtime==13.0.*",
     "nvidia-cuda-cccl==13.0.*",
 )
+PACKAGES_FOLDER = PurePosixPath("nvidia", "cu13")
+"""Within site-packages, where all of them lie."""
+STAMP = "packages.txt"
+"""Within the kept copy: which packages, in which versions."""
 USUAL_COMPILER = Path("/usr/local/cuda/bin/nvcc")
 OLDEST_TOOLKIT = (12, 8)
 """The first CUDA release that knows compute capabilities 10.0 and 12.0."""
@@ -63,13 +68,17 @@ def plugin_wanted(environment: Environment) -> bool:
     return _choice(environment, "HIP_TRT_PLUGIN", ("on", "off")) == "on"
 
 
-def cuda_requirements(environment: Environment) -> list[str]:
-    """Registry packages to install before the build: none if a CUDA toolkit will be used.
+def cuda_requirements(environment: Environment, downloads: Path) -> list[str]:
+    """Registry packages to install before the build: none if a CUDA toolkit or the kept copy will be used.
+
+    Args:
+        environment: environment variables.
+        downloads: the folder of the kept copy.
 
     Raises:
         ToolchainError: neither a toolkit nor the packages can be had.
     """
-    if _toolkit_compiler(environment) is not None:
+    if (_toolkit_compiler(environment) or _kept_compiler(_kept_folder(downloads))) is not None:
         return []
     _check_registry_has(CUDA_PACKAGES[0])
     return list(CUDA_PACKAGES)
@@ -80,23 +89,24 @@ def cuda_compiler(environment: Environment, downloads: Path, search_path: Iterab
 
     Args:
         environment: environment variables.
-        downloads: folder to lay the registry's packages out in.
+        downloads: folder to keep a copy of the registry's packages in.
         search_path: Python's module search path, where the registry's packages are looked for; by default this
             process's.
 
     Raises:
         ToolchainError: there is none.
     """
-    compiler = _toolkit_compiler(environment)
+    toolkit = _kept_folder(downloads)
+    compiler = _toolkit_compiler(environment) or _kept_compiler(toolkit)
     if compiler is not None:
         return compiler
-    for folder in sys.path if search_path is None else search_path:
-        packages = Path(folder, "nvidia", "cu13")
-        if (packages / "bin" / "nvcc").is_file():
-            return _as_toolkit(packages.resolve(), downloads.resolve() / "cuda")
+    packages = _installed_packages(sys.path if search_path is None else search_path)
+    if packages is not None:
+        return _keep(packages, toolkit)
     raise ToolchainError(
         "there is no CUDA compiler: no CUDA toolkit in CUDACXX, CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda, and "
-        f"{CUDA_PACKAGES[0]} is not installed (build isolation would install it). Install either, {_NO_PLUGIN}"
+        f"not all of {' '.join(CUDA_PACKAGES)} are installed (build isolation would install them). Install either, "
+        f"{_NO_PLUGIN}"
     )
 
 
@@ -247,21 +257,56 @@ def _fetch_headers(target: Path) -> None:
         shutil.move(unpacked, target)
 
 
-def _as_toolkit(packages: Path, toolkit: Path) -> Path:
-    """Lay the registry's packages out as an installed toolkit, with links, and return its ``nvcc``.
+def _kept_folder(downloads: Path) -> Path:
+    return downloads.resolve() / "cuda"
 
-    The packages differ from a toolkit in lib64 being called lib, and in the missing link libcudart.so; nvcc and CMake
-    look for both. Build isolation puts the packages elsewhere each time, so the folder is made anew for each build.
+
+def _kept_compiler(toolkit: Path) -> Path | None:
+    """The ``nvcc`` of the copy that an earlier build kept, if it is whole and of :data:`CUDA_PACKAGES`."""
+    try:
+        stamp = (toolkit / STAMP).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    of_these = len(stamp) == len(CUDA_PACKAGES) and all(map(fnmatch, stamp, CUDA_PACKAGES))
+    compiler = toolkit / "bin" / "nvcc"
+    return compiler if of_these and compiler.is_file() else None
+
+
+def _installed_packages(search_path: Iterable[str]) -> list[Distribution] | None:
+    """:data:`CUDA_PACKAGES`, in their order, if all are installed, in these versions, in one of these folders."""
+    names = [requirement.partition("==")[0] for requirement in CUDA_PACKAGES]
+    for folder in filter(None, search_path):
+        found = {package.name: package for package in distributions(path=[folder])}
+        packages = [found[name] for name in names if name in found]
+        if len(packages) == len(names) and all(map(fnmatch, map(_name_and_version, packages), CUDA_PACKAGES)):
+            return packages
+    return None
+
+
+def _name_and_version(package: Distribution) -> str:
+    return f"{package.name}=={package.version}"
+
+
+def _keep(packages: list[Distribution], toolkit: Path) -> Path:
+    """Copy the registry's packages, laid out as an installed toolkit, and return its ``nvcc``.
+
+    A copy, because build isolation removes the packages after the build. It gets its name when it is whole, so that a
+    build that was stopped leaves nothing that the next one would use.
     """
-    shutil.rmtree(toolkit, ignore_errors=True)
-    (toolkit / "lib64").mkdir(parents=True)
-    (toolkit / "bin").mkdir()  # not a link: nvcc finds the other folders relative to this one
-    for name in ("include", "nvvm"):
-        (toolkit / name).symlink_to(packages / name)
-    for folder, source in (("bin", "bin"), ("lib64", "lib")):
-        for file in (packages / source).iterdir():
-            (toolkit / folder / file.name).symlink_to(file)
-    runtime = next((packages / "lib").glob("libcudart.so*"), None)
-    if runtime is not None and not os.path.lexists(toolkit / "lib64" / "libcudart.so"):
-        (toolkit / "lib64" / "libcudart.so").symlink_to(runtime)
+    toolkit.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=toolkit.parent, prefix="cuda-") as scratch:
+        copy = Path(scratch, "cuda")
+        for package in packages:
+            for file in package.files or ():
+                if file.is_relative_to(PACKAGES_FOLDER):
+                    target = copy / file.relative_to(PACKAGES_FOLDER)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(str(file.locate()), target)
+        # nvcc and CMake look for a toolkit's lib64, and for libcudart.so in it.
+        (copy / "lib64").symlink_to("lib")
+        for runtime in (copy / "lib").glob("libcudart.so.*"):
+            (copy / "lib" / "libcudart.so").symlink_to(runtime.name)
+        (copy / STAMP).write_text("".join(f"{_name_and_version(package)}\n" for package in packages), encoding="utf-8")
+        shutil.rmtree(toolkit, ignore_errors=True)
+        copy.rename(toolkit)
     return toolkit / "bin" / "nvcc"
