@@ -377,6 +377,7 @@ class _Build:
         config = self.builder.create_builder_config()
         config.progress_monitor = _progress_monitor(self.flavour.module, cancelled)
         flags = self.flavour.module.BuilderFlag
+        config.clear_flag(flags.TF32)  # float32 is there to verify with; TF32 is no finer than float16
         if self.weights == "refit":
             config.set_flag(flags.STRIP_PLAN)
             config.set_flag(flags.REFIT_IDENTICAL)

@@ -34,7 +34,7 @@ GPU = torch.cuda.is_available()
 NOT_RUN = {
     "hip-trt export --model build/sample/SmolLM2-135M-Instruct.Q4_1.gguf --out build/engine.plan":
         "the fixture exports the tiny model so",
-    "HIP_TRT_MODEL=build/model.onnx POLYGRAPHY_USE_TENSORRT_RTX=1": "executes an engine: needs a GPU",
+    "HIP_TRT_MODEL=build/model.onnx python -m hip_trt.polygraphy": "executes an engine: needs a GPU",
     "cmake": "test_cpp_sample runs it, with the paths of this machine",
     "build/cpp/decode": "test_cpp_sample runs it",
     "tritonserver": "needs Triton Inference Server",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -32,6 +34,7 @@ from hip_trt.onnx_file import read_onnx
 from hip_trt.runtime.onnxruntime import OrtExecutor
 from hip_trt.sidecar import FileRecord
 from hip_trt.spec import METADATA_KEY, ModelSpec
+from hip_trt.tensorrt_flavour import installed
 from hip_trt.verify import Report, verify
 from hip_trt.verify.compare import Tolerances, ValuesCompareFunc
 from hip_trt.verify.comparison import explain
@@ -333,7 +336,8 @@ def test_cases_reach_searches_and_stay_within_an_engine(exported: Path) -> None:
         next(entry.value for entry in onnx.load(exported, load_external_data=False).metadata_props
              if entry.key == METADATA_KEY)
     )
-    for case in plan_cases(spec, steps=4, max_tokens=40, max_prefill=8, thorough=True):
+    for case in plan_cases(spec, steps=4, max_tokens=40, max_prefill=8, max_batch=2, thorough=True):
+        assert len(case.past) == len(case.new) <= 2
         assert all(new <= 8 for new in case.new)
         assert all(past + new + case.steps <= 40 for past, new in zip(case.past, case.new, strict=True))
         script = Script(spec, [case])
@@ -354,3 +358,29 @@ def test_cases_reach_searches_and_stay_within_an_engine(exported: Path) -> None:
 def test_causes(wrong: list[str], words: str) -> None:
     compared = {f"{kind}.{layer}" for kind in ("query", "key", "value", "attended") for layer in range(4)}
     assert words in explain(wrong[0], set(wrong), compared)
+
+
+def test_polygraphy_with_the_plugin() -> None:
+    """``python -m hip_trt.polygraphy`` runs Polygraphy in a process whose TensorRT has the plugin."""
+    if "tensorrt-rtx" not in installed():
+        pytest.skip("needs the extra tensorrt-rtx")
+    program = (
+        "import sys; sys.argv = ['polygraphy', '--version']\n"
+        "from hip_trt.polygraphy import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "import tensorrt_rtx\n"
+        "assert tensorrt_rtx.get_plugin_registry().get_creator('HipAttention', '1', '') is not None\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Polygraphy" in done.stdout
+
+
+def test_polygraphy_without_tensorrt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("hip_trt.polygraphy.installed", lambda: ("tensorrt",))
+    monkeypatch.setattr("hip_trt.tensorrt_flavour.installed", lambda: ())
+    from hip_trt.polygraphy import main
+
+    assert main() == 1
+    assert "tensorrt is not installed. Install it: pip install 'hip-trt[tensorrt]'" in capsys.readouterr().err

@@ -92,7 +92,7 @@ def verify(
     context = max_tokens or searching_context(spec)
     cases = plan_cases(
         spec, steps=steps, max_tokens=min(context, subject.max_tokens or context), thorough=thorough,
-        prompts=prompts, max_prefill=subject.max_prefill,
+        prompts=prompts, max_prefill=subject.max_prefill, max_batch=subject.max_batch,
     )
     with ExitStack() as shown:
         def announce(call: Call) -> None:
@@ -120,7 +120,7 @@ class _Subject:
         spec: facts about it.
         file: the .onnx, or the one that a plan was built from; None where it is not beside the plan.
         is_plan: whether an engine runs.
-        max_tokens, max_prefill: limits of an engine.
+        max_tokens, max_prefill, max_batch: limits of an engine.
         checks: on the files.
     """
 
@@ -131,6 +131,7 @@ class _Subject:
     is_plan: bool = False
     max_tokens: int | None = None
     max_prefill: int | None = None
+    max_batch: int | None = None
     checks: tuple[Check, ...] = ()
 
 
@@ -166,6 +167,7 @@ def _open(path: Path, *, require_engine: bool, notes: list[str], progress: Steps
     return _Subject(
         ExecutorRunner(executor, "engine"), f"{sidecar.flavour} {sidecar.tensorrt_version}", sidecar.spec, file,
         is_plan=True, max_tokens=sidecar.limits.max_seq_len, max_prefill=sidecar.limits.max_prefill,
+        max_batch=sidecar.limits.max_batch,
     )
 
 

@@ -68,7 +68,7 @@ def searching_context(spec: ModelSpec) -> int:
 
 def plan_cases(
     spec: ModelSpec, *, steps: int, max_tokens: int, thorough: bool = False,
-    prompts: Sequence[Sequence[int]] | None = None, max_prefill: int | None = None,
+    prompts: Sequence[Sequence[int]] | None = None, max_prefill: int | None = None, max_batch: int | None = None,
 ) -> tuple[Case, ...]:
     """Inputs that reach every branch of the operator that the model's sizes allow.
 
@@ -79,6 +79,7 @@ def plan_cases(
         thorough: longer prompts, and every block edge.
         prompts: token ids to begin "prefill, decode" with, one case each, in place of random ones.
         max_prefill: most new tokens of a call; None: any.
+        max_batch: most sequences of a call; None: any.
     """
     hip, limit = spec.hip, min(max_tokens, spec.max_position_embeddings)
     fit = max(2, min(limit - steps - 1, max_prefill or limit))
@@ -90,8 +91,9 @@ def plan_cases(
     cases = [
         Case("short", (0,), cut(5)),
         Case("block edge", (min(page - 1, limit - fit),), cut(block + 1)),
-        Case("ragged batch", (0, min(page, limit - fit), 0, 0), (*cut(3, block), 0, *cut(block // 2 + 1)), steps=2),
     ]
+    past, new_tokens = (0, min(page, limit - fit), 0, 0), (*cut(3, block), 0, *cut(block // 2 + 1))
+    cases.append(Case("ragged batch", past[:max_batch], new_tokens[:max_batch], steps=2))
     new = cut(block // 2 + 3)[0]
     long = max(0, limit - new - steps)
     cases.append(Case("long context", (long,), (new,), steps=steps))

@@ -271,6 +271,64 @@ def test_weight_streaming(tmp_path: Path) -> None:
     agree(pair, prompts(PROMPT, 40), "weights streamed")
 
 
+@pytest.mark.parametrize("shape", ["GQA 2", "head size 128"])
+def test_int4(shape: str, tmp_path: Path) -> None:
+    """Against ONNX Runtime on the same file: scales of another type would round to other weights."""
+    pytest.importorskip("modelopt.onnx.quantization", reason="needs NVIDIA Model Optimizer")
+    model = tiny_llama(**SIZES, **SHAPES[shape]).to(torch.float16)
+    model.save_pretrained(tmp_path / "checkpoint")
+    exported = export_onnx(tmp_path / "checkpoint", tmp_path / "model.onnx", config=COVERED, quantize="int4")
+    build_engine(exported.path, tmp_path / "engine.plan", runtime="tensorrt", max_batch=2, max_prefill=512)
+    pair = Pair(
+        tmp_path / "engine.plan", hip_trt.load(tmp_path / "engine.plan"), hip_trt.load(exported.path), "float16"
+    )
+    agree(pair, prompts(PROMPT, 40), f"INT4, {shape}")
+
+
+# A published model
+
+CHATS = [
+    "What is the capital of France?", "Name three colours of the rainbow.", "How many legs does a spider have?",
+    "Write a haiku about the sea.", "What is 12 times 12?", "Who wrote Romeo and Juliet?",
+    "Explain photosynthesis in one sentence.", "Translate 'good morning' into Spanish.",
+    "What is the boiling point of water?",
+    "Tell me a short story about a fox.", "What does a compiler do?", "List the planets of the solar system.",
+    "How do I boil an egg?", "What is the largest ocean?", "Give me a synonym for 'happy'.",
+    "Why is the sky blue?", "Who painted the Mona Lisa?", "What is a prime number?", "Name two kinds of cheese.",
+    "How far away is the Moon?", "Write a Python function that adds two numbers.", "What is the opposite of 'cold'?",
+    "Describe a rainy day.", "What is gravity?", "Which language is spoken in Brazil?", "What do bees make?",
+    "Give three tips for sleeping well.", "What is a noun?", "When did the Second World War end?", "Tell me a joke.",
+]
+DOCS, LONG_PROMPT = Path(__file__).parents[2] / "docs", 7000
+
+
+@pytest.fixture(scope="module")
+def smollm(sample_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """SmolLM2-135M; chats and the long prompt fit into the budget."""
+    folder = tmp_path_factory.mktemp("smollm")
+    covered = HipConfig.create(mask_k=8192, decode_mask_k=8192)
+    paths = [
+        export_onnx(sample_model, folder / kind / "model.onnx", dtype=kind, config=covered).path
+        for kind in ("float16", "float32")
+    ]
+    plan = folder / "float16" / "engine.plan"
+    build_engine(paths[0], plan, runtime="tensorrt", max_batch=10)
+    return Pair(plan, hip_trt.load(plan), hip_trt.load(paths[1]), "float16")
+
+
+@pytest.mark.parametrize("first", range(0, len(CHATS), 10))
+def test_smollm_chats(smollm: Pair, first: int) -> None:
+    asked = [
+        smollm.reference.encode_chat([{"role": "user", "content": text}]) for text in CHATS[first : first + 10]
+    ]
+    agree(smollm, asked, f"SmolLM2, chats {first} to {first + 9}")
+
+
+def test_smollm_long_prompt(smollm: Pair) -> None:
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md")))
+    agree(smollm, [smollm.reference.encode(text)[:LONG_PROMPT]], f"SmolLM2, a prompt of {LONG_PROMPT} tokens")
+
+
 # Plans that cannot be run
 
 
