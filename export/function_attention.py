@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from onnxscript import OpBuilder
@@ -71,7 +72,9 @@ class Attention:
         last_block = p_last / self.pages.block_k
         count = last_block + 1 - op.Where(sparse, window - sink - self.budget, 0)
         blocks = self.attended_blocks(op, chosen, sink, window, sparse, op.Where(active, count, 0))
-        output = self.attend(op, queries, blocks, p_first, p_last)
+        output = attend(
+            op, queries, blocks, p_first, p_last, scale=self.scale, keys=self.keys, values=self.values, pages=self.pages
+        )
         valid = op.Less(arange(op, width), op.Unsqueeze(valid_rows, [1]))  # [B, R]
         return op.Where(op.Unsqueeze(valid, [1, 2, 4]), output, 0.0), kept
 
@@ -98,38 +101,47 @@ class Attention:
         blocks = op.Where(op.Or(op.Less(j, sink), op.Not(sparse)), j, blocks)
         return op.Where(op.Less(j, count), blocks, -1)
 
-    def attend(self, op: OpBuilder, queries: Value, blocks: Value, p_first: Value, p_last: Value) -> Value:
-        """softmax(scale q.k) v over the tokens of the blocks that are not after the row.
 
-        Args:
-            queries: [B, Hm, G, R, D] float32.
-            blocks: [B, Hm, N], -1 for none.
-            p_first, p_last: [B], position of the first row and of the last valid one.
+def attend(
+    op: OpBuilder, queries: Value, blocks: Value, p_first: Value, p_last: Value, *, scale: Value, keys: Value,
+    values: Value, pages: Pages, leave_out: Callable[[OpBuilder, Value], Value] | None = None,
+) -> Value:
+    """softmax(scale q.k) v over the tokens of the blocks that are not after the row.
 
-        Returns:
-            [B, Hm, G, R, D] float32; undefined where a row is not valid.
-        """
-        there = op.Unsqueeze(op.GreaterOrEqual(blocks, 0), [3])
-        blocks = op.Max(blocks, 0)
-        start, inside = op.Unsqueeze(blocks * self.pages.block_k, [3]), arange(op, self.pages.block_k)
-        # Rows of the pool after the last token are undefined, perhaps NaN: read that token instead, and hide it below.
-        offsets = op.Min(inside, op.Reshape(p_last, [-1, 1, 1, 1]) - start)
-        keys = self.pages.gather(op, self.keys, blocks, offsets)  # [B, Hm, N * block_k, D]
-        values = self.pages.gather(op, self.values, blocks, offsets)
+    Args:
+        queries: [B, Hm, G, R, D] float32.
+        blocks: [B, Hm, N], -1 for none.
+        p_first, p_last: [B], position of the first row and of the last valid one.
+        scale: scalar float32.
+        keys, values: [P * Hkv * page_size, D] T, the pools with the new rows.
+        pages: where blocks are in them.
+        leave_out: makes of logits [B, Hm, G, R, N * block_k] others in which more are -inf.
 
-        positions = op.Reshape(op.Where(there, start + inside, 2**62), [0, 0, 1, -1])  # [B, Hm, 1, N * block_k]
-        row = op.Unsqueeze(p_first, [1]) + arange(op, dim(op, queries, 3))
-        visible = op.LessOrEqual(positions, op.Unsqueeze(row, [1, 3]))
-        bias = op.Where(visible, 0.0, float("-inf"))  # [B, Hm, R, N * block_k]
+    Returns:
+        [B, Hm, G, R, D] float32; undefined where a row is not valid.
+    """
+    there = op.Unsqueeze(op.GreaterOrEqual(blocks, 0), [3])
+    blocks = op.Max(blocks, 0)
+    start, inside = op.Unsqueeze(blocks * pages.block_k, [3]), arange(op, pages.block_k)
+    # Rows of the pool after the last token are undefined, perhaps NaN: read that token instead, and hide it below.
+    offsets = op.Min(inside, op.Reshape(p_last, [-1, 1, 1, 1]) - start)
+    keys = pages.gather(op, keys, blocks, offsets)  # [B, Hm, N * block_k, D]
+    values = pages.gather(op, values, blocks, offsets)
 
-        # The query heads of a mask head are rows of one product; only the bias tells them apart.
-        grouped = typed(op.Shape(queries), INT64)
-        queries = op.Reshape(queries * self.scale, op.Concat([0, 0, -1], op.Slice(grouped, [4], [5]), axis=0))
-        logits = op.MatMul(queries, op.Transpose(keys, perm=[0, 1, 3, 2]))
-        logits = op.Reshape(logits, op.Concat(op.Slice(grouped, [0], [4]), [-1], axis=0))
-        weights = op.Softmax(logits + op.Unsqueeze(bias, [2]), axis=-1)
-        weights = op.Reshape(weights, op.Concat([0, 0, -1], typed(op.Shape(weights, start=4), INT64), axis=0))
-        return typed(op.Reshape(op.MatMul(weights, values), grouped), FLOAT)
+    positions = op.Reshape(op.Where(there, start + inside, 2**62), [0, 0, 1, -1])  # [B, Hm, 1, N * block_k]
+    row = op.Unsqueeze(p_first, [1]) + arange(op, dim(op, queries, 3))
+    visible = op.LessOrEqual(positions, op.Unsqueeze(row, [1, 3]))
+    bias = op.Where(visible, 0.0, float("-inf"))  # [B, Hm, R, N * block_k]
+
+    # The query heads of a mask head are rows of one product; only the bias tells them apart.
+    grouped = typed(op.Shape(queries), INT64)
+    queries = op.Reshape(queries * scale, op.Concat([0, 0, -1], op.Slice(grouped, [4], [5]), axis=0))
+    logits = op.MatMul(queries, op.Transpose(keys, perm=[0, 1, 3, 2]))
+    logits = op.Reshape(logits, op.Concat(op.Slice(grouped, [0], [4]), [-1], axis=0))
+    logits = logits + op.Unsqueeze(bias, [2])
+    weights = op.Softmax(leave_out(op, logits) if leave_out else logits, axis=-1)
+    weights = op.Reshape(weights, op.Concat([0, 0, -1], typed(op.Shape(weights, start=4), INT64), axis=0))
+    return typed(op.Reshape(op.MatMul(weights, values), grouped), FLOAT)
 
 
 def _column(op: OpBuilder, values: Value) -> Value:

@@ -77,16 +77,27 @@ class Pages:
     def gather(self, op: OpBuilder, pool: Value, blocks: Value, offsets: Value) -> Value:
         """Tokens of key blocks, read straight from the pool, as float32.
 
-        Indices are forced into range rather than checked: where an idle sequence has no page, some row is read, and
-        the caller drops it.
-
         Args:
             pool: [P * Hkv * page_size, D] T.
+            blocks, offsets: see :meth:`rows`.
+
+        Returns:
+            [B, Hm, N * n, D] float32.
+        """
+        return op.Cast(op.Gather(pool, self.rows(op, blocks, offsets)), to=FLOAT)
+
+    def rows(self, op: OpBuilder, blocks: Value, offsets: Value | list[int]) -> Value:
+        """Rows of a pool of P * Hkv * page_size that hold tokens of key blocks.
+
+        They are forced into range rather than checked: where an idle sequence has no page, some row is read, and the
+        caller drops it.
+
+        Args:
             blocks: [B, Hm, N], 0 or more.
             offsets: [..., N or 1, n], the tokens to take of each block.
 
         Returns:
-            [B, Hm, N * n, D] float32.
+            [B, Hm, N * n].
         """
         token = blocks * self.block_k
         slot = op.Min(token / self.page_size, self.slots - 1)
@@ -95,5 +106,4 @@ class Pages:
         page = op.Gather(op.Reshape(self.table, [-1]), first_slot + slot)
         row = (page * self.kv_heads + self.kv_head) * self.page_size + op.Mod(token, self.page_size)
         rows = op.Max(op.Unsqueeze(row, [-1]) + offsets, 0)
-        tokens = op.Gather(pool, op.Reshape(rows, [0, 0, -1]))
-        return op.Cast(tokens, to=FLOAT)
+        return op.Reshape(rows, [0, 0, -1])

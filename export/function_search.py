@@ -59,7 +59,7 @@ class Candidates:
     first: Value
     last: Value
 
-    def interval(self, op: OpBuilder, nodes: Value, size: Value) -> tuple[Value, Value, Value]:
+    def interval(self, op: OpBuilder, nodes: Value, size: Value | int) -> tuple[Value, Value, Value]:
         """The candidates [left, right) that nodes of a size cover, and which nodes are there and cover any."""
         left = op.Max(nodes * size, self.first)
         right = op.Min(nodes * size + size, self.last)

@@ -47,12 +47,12 @@ def run(
     config, new_tokens = case.config, inputs["query"].shape[2]
     budget = config.decode_mask_blocks if new_tokens == 1 else config.mask_blocks
     shape = (len(case.past_lengths), case.num_masks, -(-new_tokens // config.block_q), budget)
-    here = {name: _Guarded(tensor.to(device)) for name, tensor in inputs.items()}
+    here = {name: Guarded(tensor.to(device)) for name, tensor in inputs.items()}
     past = ("past_key", "past_value", "past_nodes")
-    there = {name.replace("past", "present"): here[name] if alias else _Guarded.poisoned(inputs[name], device)
+    there = {name.replace("past", "present"): here[name] if alias else Guarded.poisoned(inputs[name], device)
              for name in past}
-    there["output"] = _Guarded.poisoned(inputs["query"], device)
-    there["chosen_blocks"] = _Guarded.poisoned(torch.empty(shape, dtype=torch.int32), device)
+    there["output"] = Guarded.poisoned(inputs["query"], device)
+    there["chosen_blocks"] = Guarded.poisoned(torch.empty(shape, dtype=torch.int32), device)
     results = {name: guarded.tensor for name, guarded in there.items()}
     library.attention(
         **{name: guarded.tensor for name, guarded in here.items()}, config=config, scale=case.scale, dense=case.dense,
@@ -89,7 +89,7 @@ def check_output(case: Case, output: Tensor, expected: Tensor) -> None:
         assert error < TOLERANCES[output.dtype], f"sequence {b}: relative error {float(error)}"
 
 
-class _Guarded:
+class Guarded:
     """A copy of a tensor with elements around it that must not change."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -98,7 +98,7 @@ class _Guarded:
         self.tensor = self.buffer[GUARD : GUARD + len(flat)].view(tensor.shape)
 
     @classmethod
-    def poisoned(cls, like: Tensor, device: str) -> _Guarded:
+    def poisoned(cls, like: Tensor, device: str) -> Guarded:
         return cls(torch.full(like.shape, float("nan") if like.is_floating_point() else -7, dtype=like.dtype,
                               device=device))
 

@@ -11,13 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from hip_trt.config import HipConfig
-from hip_trt.errors import EnvironmentProblem, RuntimeInputError
+from hip_trt.errors import RuntimeInputError
 from hip_trt.triton import cache
 from hip_trt.triton.attention import sparse_attention
+from hip_trt.triton.inputs import check_query
 from hip_trt.triton.query_block import candidates, query_block
 from hip_trt.triton.tree import all_nodes, block_scores, children, keep_best, size_of, start_level
-
-TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def hip_attention(
@@ -51,13 +50,7 @@ def hip_attention(
         EnvironmentProblem: if the tensors are on the CPU, and Triton was imported without its interpreter.
         RuntimeInputError: if T is not one of the three types, or chosen_blocks has another shape.
     """
-    if query.dtype not in TYPES:
-        raise RuntimeInputError(f"query: type {query.dtype} is not supported.", "Use float16, bfloat16 or float32.")
-    if not query.is_cuda and isinstance(select_blocks, triton.JITFunction):
-        raise EnvironmentProblem(
-            f"Triton kernels cannot run on tensors on {query.device}.",
-            "Use CUDA tensors, or set TRITON_INTERPRET=1 before triton is first imported.",
-        )
+    check_query(query)
     batch, num_heads, new_tokens, head_dim = query.shape
     num_kv_heads, num_masks, page_slots = key.shape[1], past_nodes.shape[1], page_table.shape[1]
     query_blocks = triton.cdiv(new_tokens, config.block_q)

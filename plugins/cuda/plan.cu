@@ -1,5 +1,7 @@
 #include "plan.cuh"
 
+#include "arena.cuh"
+
 #include <algorithm>
 
 namespace hip_trt
@@ -22,34 +24,6 @@ int64_t ceilDivide(int64_t value, int64_t divisor)
 {
     return (value + divisor - 1) / divisor;
 }
-
-// Hands out aligned pieces of the workspace, or, with no base, only adds up their sizes.
-class Arena
-{
-public:
-    explicit Arena(void* base)
-        : mBase(static_cast<char*>(base))
-    {
-    }
-
-    template <typename Item>
-    Item* take(int64_t count)
-    {
-        constexpr size_t kAlignment = 256;
-        char* const piece = mBase == nullptr ? nullptr : mBase + mUsed;
-        mUsed += (count * sizeof(Item) + kAlignment - 1) / kAlignment * kAlignment;
-        return reinterpret_cast<Item*>(piece);
-    }
-
-    size_t used() const
-    {
-        return mUsed;
-    }
-
-private:
-    char* mBase;
-    size_t mUsed = 0;
-};
 
 int64_t splitCount(const HipTrtConfig& config, const HipTrtShape& shape)
 {

@@ -158,7 +158,10 @@ cudaError_t cudaGetLastError()
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int)
 {
-    *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : static_cast<int>(emulation::kSharedBytes);
+    constexpr int kMultiprocessors = 16; // few, so that calls are split in different ways
+    *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9
+        : attribute == cudaDevAttrMultiProcessorCount       ? kMultiprocessors
+                                                            : static_cast<int>(emulation::kSharedBytes);
     return cudaSuccess;
 }
 

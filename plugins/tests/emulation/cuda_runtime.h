@@ -45,6 +45,11 @@ struct alignas(8) int2
     int x, y;
 };
 
+struct alignas(8) uint2
+{
+    unsigned x, y;
+};
+
 struct alignas(8) float2
 {
     float x, y;
@@ -61,6 +66,11 @@ struct alignas(16) uint4
 };
 
 inline int2 make_int2(int x, int y)
+{
+    return {x, y};
+}
+
+inline uint2 make_uint2(unsigned x, unsigned y)
 {
     return {x, y};
 }
@@ -83,7 +93,8 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w)
 enum cudaDeviceAttr
 {
     cudaDevAttrComputeCapabilityMajor,
-    cudaDevAttrMaxSharedMemoryPerBlockOptin
+    cudaDevAttrMaxSharedMemoryPerBlockOptin,
+    cudaDevAttrMultiProcessorCount
 };
 
 enum cudaFuncAttribute

@@ -191,6 +191,18 @@ inline int __reduce_max_sync(unsigned, int value)
     return *std::max_element(values, values + emulation::kWarpSize);
 }
 
+inline unsigned __reduce_max_sync(unsigned, unsigned value)
+{
+    const unsigned* const values = static_cast<const unsigned*>(emulation::exchange(&value, sizeof(value)));
+    return *std::max_element(values, values + emulation::kWarpSize);
+}
+
+inline unsigned __reduce_min_sync(unsigned, unsigned value)
+{
+    const unsigned* const values = static_cast<const unsigned*>(emulation::exchange(&value, sizeof(value)));
+    return *std::min_element(values, values + emulation::kWarpSize);
+}
+
 inline int __ffs(unsigned bits)
 {
     return __builtin_ffs(static_cast<int>(bits));
@@ -206,6 +218,13 @@ inline unsigned __float_as_uint(float value)
     unsigned bits;
     std::memcpy(&bits, &value, sizeof(bits));
     return bits;
+}
+
+inline float __uint_as_float(unsigned bits)
+{
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
 }
 
 template <typename Value>
@@ -226,6 +245,22 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, s
 {
     return emulation::enqueue(
         stream, [=] { return emulation::runGrid(grid, threads, shared_bytes, [&] { kernel(arguments...); }); });
+}
+
+// In place of plugins/cuda/overlap.cuh: kernels run one after the other.
+inline void waitForEarlierKernels()
+{
+}
+
+inline void letNextKernelStart()
+{
+}
+
+template <typename... Parameters>
+cudaError_t launchOverlapped(bool, void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared_bytes,
+    cudaStream_t stream, const Parameters&... arguments)
+{
+    return launch(kernel, grid, threads, shared_bytes, stream, arguments...);
 }
 
 // In place of plugins/cuda/ptx.cuh.
@@ -329,6 +364,7 @@ void multiplyAdd(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t 
 } // namespace hip_trt
 
 #define HIP_TRT_LAUNCH_CUH
+#define HIP_TRT_OVERLAP_CUH
 #define HIP_TRT_PTX_CUH
 
 #include "cluster.h"
