@@ -144,7 +144,9 @@ class FakeEngine:
 
 class FakeFlavour:
     name, version = "tensorrt", "10.99"
-    module = SimpleNamespace(ExecutionContextAllocationStrategy=SimpleNamespace(ON_PROFILE_CHANGE="on change"))
+    module = SimpleNamespace(ExecutionContextAllocationStrategy=SimpleNamespace(
+        ON_PROFILE_CHANGE="on change", STATIC="static",
+    ))
 
     def __init__(self, log: MessageLog) -> None:
         self.log = log
@@ -197,6 +199,15 @@ def test_same_tokens_as_the_oracle(oracle: OracleExecutor, cuda_graphs: bool) ->
     assert decode.calls.count("address") == len(engine.inputs) + len(engine.outputs)
     assert (len(stream.captures), stream.replays) == ((1, 6) if cuda_graphs else (0, 0))
     assert prefill.calls.count("execute") == 3  # 40 tokens in chunks of 16
+
+
+def test_streamed_weights_take_memory_for_all_profiles_at_once(oracle: OracleExecutor) -> None:
+    stream = FakeStream()
+    engine = FakeEngine(oracle, stream)
+    flavour: Any = FakeFlavour(engine.log)
+    described = sidecar(oracle.spec).model_copy(update={"weight_streaming": True})
+    TensorRTExecutor(engine, flavour, described, device=torch.device("cpu"), stream=stream)
+    assert [context.strategy for context in engine.contexts] == ["static"]
 
 
 def test_present_is_bound_to_past(oracle: OracleExecutor) -> None:

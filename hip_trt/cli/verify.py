@@ -85,8 +85,7 @@ def verify(
         float | None,
         typer.Option(
             min=0, rich_help_panel=_TOLERANCES, show_default="1e-3 float32, 0.05 float16, 0.15 bfloat16",
-            help="Largest error of an element relative to its output's largest value: rounding is relative to that. By "
-            "default, more in late layers where a case begins with a random cache.",
+            help="Largest error of an element relative to its output's largest value: rounding is relative to that.",
         ),
     ] = None,
     agreement: Annotated[
@@ -182,11 +181,8 @@ def show(console: Console, report: Report) -> None:
             say(f"{case.name}: {case.first} is the first to differ, in {case.first_call}. Likely: {case.cause}.", "red")
     for note in report.notes:
         say(f"note: {note}.")
-    random = f" (up to {report.random_rtol:g} x in late layers after a random cache)"
-    if report.random_rtol <= report.rtol:
-        random = ""
     say(
-        f"An error is within tolerance up to {report.atol:g} + {report.rtol:g} x the output's largest value{random}; "
+        f"An error is within tolerance up to {report.atol:g} + {report.rtol:g} x the output's largest value; "
         f"agreement from {report.agreement:.0%}. {report.state[0].upper()}{report.state[1:]}.", "dim",
     )
     verdict = "both agree" if report.agrees else "they DIFFER"

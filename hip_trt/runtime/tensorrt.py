@@ -235,8 +235,12 @@ class TensorRTExecutor:
             self._enqueue(decoder.context)
 
     def _context(self, profile: ProfileName) -> Any:
-        """A new execution context on one profile, with activation memory for that profile only."""
-        strategy = self._flavour.module.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        """A new execution context on one profile, with activation memory for that profile only.
+
+        Or, where weights are streamed, for any profile: TensorRT 10.6 fails there at the first call otherwise.
+        """
+        strategies = self._flavour.module.ExecutionContextAllocationStrategy
+        strategy = strategies.STATIC if self._sidecar.weight_streaming else strategies.ON_PROFILE_CHANGE
         with self._flavour.messages() as log:
             context = self._engine.create_execution_context(strategy)
             index = self._sidecar.profile_index(profile)

@@ -87,7 +87,7 @@ def verify(
     subject = _open(path, require_engine=require_engine, notes=notes, progress=progress)
     other, words, checks = _other(subject, against, checkpoint, baseline, progress)
     spec = subject.spec
-    given = {"atol": atol, "rtol": rtol, "agreement": agreement, "random_rtol": rtol}
+    given = {"atol": atol, "rtol": rtol, "agreement": agreement}
     tolerances = replace(DEFAULTS[spec.dtype], **{name: value for name, value in given.items() if value is not None})
     context = max_tokens or searching_context(spec)
     cases = plan_cases(
@@ -105,7 +105,7 @@ def verify(
         notes.append("no context was long enough for a search, or the runner does not show the blocks that it chose")
     return Report(
         model=str(path), against=against, runner=subject.words, other=words, dtype=spec.dtype, atol=tolerances.atol,
-        rtol=tolerances.rtol, random_rtol=tolerances.random_rtol, agreement=tolerances.agreement, state=_STATE,
+        rtol=tolerances.rtol, agreement=tolerances.agreement, state=_STATE,
         checks=(*subject.checks, *checks), cases=records, notes=tuple(notes), seconds=time.perf_counter() - start,
     )
 
@@ -240,7 +240,7 @@ def _compare(model: Any, other: Any, script: Script, tolerances: Tolerances) -> 
             normalized = Comparator.postprocess(watched(stream), Normalize(script.spec, script))
             results = Comparator.compare_accuracy(
                 normalized, compare_func=[
-                    ValuesCompareFunc(tolerances, script.spec.num_layers, script), ChoicesCompareFunc(tolerances),
+                    ValuesCompareFunc(tolerances), ChoicesCompareFunc(tolerances),
                 ]
             )
         except PolygraphyException as error:

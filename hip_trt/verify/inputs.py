@@ -15,8 +15,8 @@ from hip_trt.spec import ModelSpec
 from hip_trt.verify.runners import Feed
 
 _SEED = 20240609
-_KEY_SIZE = 0.25
-"""Standard deviation of random keys and values: small, so that attention is spread over many tokens, as in text."""
+_VARIATION = 0.25
+"""What is added to copied keys and values, in standard deviations of theirs, so that no two tokens score the same."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Case:
 
     Attributes:
         name: as reports have it.
-        past: tokens that each sequence has committed before the first call, with random keys and values: a long
-            context for the price of a short one.
+        past: tokens that each sequence has committed before the first call, with keys and values that vary those of an
+            earlier case: a long context for the price of a short one.
         new: tokens of each sequence in the first call; 0: an idle row.
         steps: decode steps after it.
         tokens: token ids of the first call, by sequence; random where None.
@@ -48,7 +48,6 @@ class Call:
         label: such as "prefill 5" or "decode, reused".
         past, new: tokens of each sequence before and in this call.
         decode: whether it is a single-token call.
-        random_cache: whether the case began with random keys and values.
     """
 
     case: str
@@ -56,7 +55,6 @@ class Call:
     past: tuple[int, ...]
     new: tuple[int, ...]
     decode: bool
-    random_cache: bool
 
 
 def searching_context(spec: ModelSpec) -> int:
@@ -88,15 +86,7 @@ def plan_cases(
     def cut(*lengths: int) -> tuple[int, ...]:
         return tuple(min(length, fit) for length in lengths)
 
-    cases = [
-        Case("short", (0,), cut(5)),
-        Case("block edge", (min(page - 1, limit - fit),), cut(block + 1)),
-    ]
-    past, new_tokens = (0, min(page, limit - fit), 0, 0), (*cut(3, block), 0, *cut(block // 2 + 1))
-    cases.append(Case("ragged batch", past[:max_batch], new_tokens[:max_batch], steps=2))
-    new = cut(block // 2 + 3)[0]
-    long = max(0, limit - new - steps)
-    cases.append(Case("long context", (long,), (new,), steps=steps))
+    cases = [Case("short", (0,), cut(5))]  # cases without a past come first: the others take theirs from them
     if prompts is not None:
         for number, ids in enumerate(prompts):
             kept = tuple(ids[:fit])
@@ -104,6 +94,12 @@ def plan_cases(
             cases.append(Case(name, (0,), (len(kept),), steps, (kept,)))
     else:
         cases.append(Case("prefill, decode", (0,), cut(2 * block + 1), steps=steps))
+    cases.append(Case("block edge", (min(page - 1, limit - fit),), cut(block + 1)))
+    past, new_tokens = (0, min(page, limit - fit), 0, 0), (*cut(3, block), 0, *cut(block // 2 + 1))
+    cases.append(Case("ragged batch", past[:max_batch], new_tokens[:max_batch], steps=2))
+    new = cut(block // 2 + 3)[0]
+    long = max(0, limit - new - steps)
+    cases.append(Case("long context", (long,), (new,), steps=steps))
     if thorough:
         cases += [
             Case(f"edge {length} after {past}", (past,), cut(length))
@@ -137,6 +133,7 @@ class Script:
         self.calls: list[Call] = []
         self.feed: Feed = {}
         self._outputs: Mapping[str, Tensor] = {}
+        self._rows: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[Feed]:
         for case in self._cases:
@@ -167,17 +164,20 @@ class Script:
             label = f"prefill {'/'.join(str(len(row)) for row in rows)}"
             if step:
                 label = f"decode {step}, {'searched' if refresh else 'reused'}"
-            self.calls.append(Call(
-                case.name, label, tuple(lengths.tolist()), tuple(counts.tolist()), width == 1, any(case.past)
-            ))
+            self.calls.append(Call(case.name, label, tuple(lengths.tolist()), tuple(counts.tolist()), width == 1))
             self._announce(self.calls[-1])
             yield self.feed
+            if step == 0 and case.past == (0,):
+                self._keep_rows(table[0], case.new[0])
             lengths = lengths + counts
             best = self._last_logits(counts).argmax(dim=-1).tolist()
             rows = tuple((token,) if count else () for token, count in zip(best, counts.tolist(), strict=True))
             for layer in range(spec.num_layers):
-                state[names.past_key_name(layer)] = self._outputs[names.present_key_name(layer)]
-                state[names.past_value_name(layer)] = self._outputs[names.present_value_name(layer)]
+                for past, present in (
+                    (names.past_key_name(layer), names.present_key_name(layer)),
+                    (names.past_value_name(layer), names.present_value_name(layer)),
+                ):
+                    state[past] = self._outputs[present].to(spec.torch_dtype)
                 state[names.past_nodes_name(layer)] = self._outputs[names.present_nodes_name(layer)]
 
     def _last_logits(self, counts: Tensor) -> Tensor:
@@ -186,8 +186,19 @@ class Script:
             return logits[:, 0]
         return logits[torch.arange(len(counts)), (counts.long() - 1).clamp(min=0)]
 
+    def _keep_rows(self, pages: Tensor, count: int) -> None:
+        """Keep a sequence's keys and values, [tokens, Hkv, D] of each pool, for cases that begin with a cache."""
+        tokens, size = torch.arange(count), self.spec.hip.page_size
+        for layer in range(self.spec.num_layers):
+            for past, present in (
+                (names.past_key_name(layer), names.present_key_name(layer)),
+                (names.past_value_name(layer), names.present_value_name(layer)),
+            ):
+                if len(self._rows.get(past, ())) < count:
+                    self._rows[past] = self._outputs[present][pages[tokens // size].long(), :, tokens % size].float()
+
     def _state(self, case: Case) -> tuple[Feed, Tensor]:
-        """Pools with random keys and values where tokens are committed, and 0 elsewhere; pages in no order."""
+        """Pools with keys and values where tokens are committed, and 0 elsewhere; pages in no order."""
         spec, size, batch = self.spec, self.spec.hip.page_size, len(case.past)
         needs = [
             pages_for(past + new + case.steps, size) if past + new else 1
@@ -195,18 +206,25 @@ class Script:
         ]
         order = torch.randperm(sum(needs), generator=self._random).to(torch.int32)
         table = torch.full((batch, max(needs)), -1, dtype=torch.int32)
-        committed = torch.zeros(sum(needs), size, dtype=torch.bool)
+        committed: list[tuple[Tensor, Tensor, Tensor]] = []  # page, row in it, and token
         first = 0
         for row, (need, past) in enumerate(zip(needs, case.past, strict=True)):
             table[row, :need] = order[first : first + need]
             tokens = torch.arange(past)
-            committed[table[row, tokens // size].long(), tokens % size] = True
+            committed.append((table[row, tokens // size].long(), tokens % size, tokens))
             first += need
+        page, offset, token = (torch.cat(parts) for parts in zip(*committed, strict=True))
         state: Feed = {}
-        shape = spec.pool_shape(sum(needs))
         for layer in range(spec.num_layers):
             for name in (names.past_key_name(layer), names.past_value_name(layer)):
-                pool = _KEY_SIZE * torch.randn(shape, generator=self._random) * committed[:, None, :, None]
+                pool = torch.zeros(spec.pool_shape(sum(needs)))
+                if len(token):
+                    pool[page, :, offset] = self._varied(self._rows[name], token)
                 state[name] = pool.to(spec.torch_dtype)
             state[names.past_nodes_name(layer)] = torch.full(spec.nodes_shape(batch), -1, dtype=torch.int32)
         return state, table
+
+    def _varied(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """[N, Hkv, D] for tokens [N], as a text of these rows [n, Hkv, D] over and over would nearly have them."""
+        noise = torch.randn(len(tokens), *rows.shape[1:], generator=self._random)
+        return rows[tokens % len(rows)] + _VARIATION * rows.std() * noise

@@ -19,7 +19,7 @@ from hip_trt.spec import DType
 from hip_trt.verify.choices import Shown, attend
 from hip_trt.verify.observed import attended_name, layer_of, query_name
 from hip_trt.verify.runners import Feed, GraphRunner
-from hip_trt.verify.sessions import make_session
+from hip_trt.verify.sessions import make_session, widen
 
 _ELEMENT_TYPES: dict[DType, int] = {
     "float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16,
@@ -70,7 +70,7 @@ class ReferenceRunner(GraphRunner):
         del self._sessions
 
     def call(self, feed: Feed) -> Feed:
-        known: dict[str, np.ndarray[Any, Any]] = {name: tensor.numpy() for name, tensor in feed.items()}
+        known: dict[str, np.ndarray[Any, Any]] = {name: widen(tensor).numpy() for name, tensor in feed.items()}
         shown: Feed = {}
         for piece, session in zip(self._pieces, self._sessions, strict=True):
             wanted = [output.name for output in session.get_outputs()]

@@ -94,7 +94,7 @@ class Report(_Record):
         other: what it was compared with, in words.
         notes: what could not be compared, and why.
         state: which state each call began with.
-        atol, rtol, random_rtol, agreement: the tolerances, see :class:`hip_trt.verify.compare.Tolerances`.
+        atol, rtol, agreement: the tolerances, see :class:`hip_trt.verify.compare.Tolerances`.
     """
 
     format_version: Literal[1] = 1
@@ -105,7 +105,6 @@ class Report(_Record):
     dtype: str
     atol: float
     rtol: float
-    random_rtol: float
     agreement: float
     state: str
     checks: tuple[Check, ...]

@@ -23,7 +23,7 @@ from hip_trt.onnx_file import OnnxFile
 from hip_trt.runtime.executor import Executor
 from hip_trt.spec import ModelSpec
 from hip_trt.verify.observed import chosen_name, show_layers
-from hip_trt.verify.sessions import make_session
+from hip_trt.verify.sessions import make_session, widen
 
 Feed = dict[str, Tensor]
 
@@ -42,9 +42,10 @@ class OnnxRunner(OnnxrtRunner):  # type: ignore[misc]
         super().__init__(lambda: make_session(marked(), file.path, file.spec), name=name)
         self._outputs: dict[str, Any] = {}
 
-    def infer(self, *args: Any, **kwargs: Any) -> Any:
+    def infer(self, feed_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """See Polygraphy's BaseRunner."""
-        self._outputs = super().infer(*args, **kwargs)
+        feed = {name: widen(torch.as_tensor(value)) for name, value in feed_dict.items()}
+        self._outputs = super().infer(feed, *args, **kwargs)
         return self._outputs
 
     def shown(self, layer: int) -> Tensor | None:
