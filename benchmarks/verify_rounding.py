@@ -22,7 +22,7 @@ from hip_trt.onnx_file import read_onnx
 from hip_trt.verify import pytorch_runner
 from hip_trt.verify.choices import Chooser
 from hip_trt.verify.compare import LAYER_VALUES, Normalize
-from hip_trt.verify.inputs import Script, plan_cases, searching_context
+from hip_trt.verify.inputs import Script, plan_cases, real_text, searching_context
 
 
 class Rounded:
@@ -62,7 +62,8 @@ def measure(model: Path, checkpoint: Path, dtype: torch.dtype, seed: int) -> dic
     """The largest relative error by case and kind of output."""
     spec = read_onnx(model).spec
     runner, worst = Rounded(checkpoint, spec, dtype), dict[tuple[str, str], float]()
-    script = Script(spec, plan_cases(spec, steps=2, max_tokens=searching_context(spec)))
+    cases = plan_cases(spec, steps=2, max_tokens=searching_context(spec))
+    script = Script(spec, cases, text=real_text(model.parent, spec.vocab_size))
     script._random.manual_seed(seed)
     for feed in script:
         exact, rounded = runner(feed, rounded=False), runner(feed, rounded=True)

@@ -31,6 +31,8 @@ NOT_RUN = {
     "python benchmarks/recall_model/train.py": "needs a GPU (test_eval_retrieval.py trains for some steps)",
     "hip-trt eval break-even": "needs a GPU (test_eval_attention.py)",
     "hip-trt verify build/engine.plan --against onnxruntime": "executes an engine: needs a GPU (test_verify.py)",
+    "hip-trt run llama/engine.plan": "executes an engine: needs a GPU (tests/gpu/test_engines_gpu.py)",
+    "hip-trt verify llama/engine.plan --against onnxruntime": "executes an engine: needs a GPU (test_verify.py)",
 }
 """Commands, by how they begin, that are not run, and why."""
 
@@ -48,7 +50,7 @@ BEFORE = {"verification.md": "hip-trt export --model ./Llama-3.2-1B --out build/
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A folder with what the pages' commands name: tiny models and a text."""
-    for name in ("Llama-3.2-1B", "SmolLM2-135M-Instruct"):
+    for name in ("Llama-3.2-1B", "Llama-3.1-8B-Instruct", "SmolLM2-135M-Instruct"):
         save_tiny_checkpoint(tmp_path / name, max_position_embeddings=1024)
     (tmp_path / "book.txt").write_text("It was the best of times, it was the worst of times. " * 10)
     return tmp_path

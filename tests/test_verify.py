@@ -310,7 +310,7 @@ def test_bfloat16_is_verified_in_float32(tmp_path: Path, int4: bool) -> None:
     path = export_tiny(tmp_path, dtype="bfloat16", **({"quantize": "int4"} if int4 else {}))
     report = verify(path, against="reference", steps=1)
     assert report.agrees
-    assert max(record.max_abs for case in report.cases for record in case.outputs) < 1e-4  # neither side rounds
+    assert report.rtol == 1e-3  # float32's: neither side rounds
     if not int4:
         report = verify(path, against="pytorch", checkpoint=tmp_path / "checkpoint", steps=1)
         assert report.agrees

@@ -84,7 +84,7 @@ def verify(
     rtol: Annotated[
         float | None,
         typer.Option(
-            min=0, rich_help_panel=_TOLERANCES, show_default="1e-3 float32, 0.05 float16, 0.15 bfloat16",
+            min=0, rich_help_panel=_TOLERANCES, show_default="1e-3 float32, 0.05 float16, 0.25 bfloat16",
             help="Largest error of an element relative to its output's largest value: rounding is relative to that.",
         ),
     ] = None,

@@ -31,7 +31,7 @@ from hip_trt.verify.compare import (
     Tolerances,
     ValuesCompareFunc,
 )
-from hip_trt.verify.inputs import Call, Script, plan_cases, searching_context
+from hip_trt.verify.inputs import Call, Script, plan_cases, real_text, searching_context
 from hip_trt.verify.report import Against, AgreementRecord, CaseRecord, Check, OutputRecord, Report
 from hip_trt.verify.runners import ExecutorRunner, OnnxRunner
 
@@ -70,9 +70,9 @@ def verify(
         steps: decode steps after each prefill that decodes.
         max_tokens: longest context; by default long enough that calls search, a quarter beyond what they attend to.
         thorough: more prompt lengths, and long prompts.
-        prompts: token ids to continue in place of random ones.
+        prompts: token ids to continue. Other prompts are pieces of an English text, or random where the model's folder
+            has no tokenizer.
         atol, rtol, agreement: see :class:`~hip_trt.verify.compare.Tolerances`; by default as the model's type allows.
-            A given rtol counts for all layers and cases.
         require_engine: refuse to compare a plan that cannot run here.
         progress: shows what is being done.
 
@@ -88,7 +88,9 @@ def verify(
     other, words, checks = _other(subject, against, checkpoint, baseline, progress)
     spec = subject.spec
     given = {"atol": atol, "rtol": rtol, "agreement": agreement}
-    tolerances = replace(DEFAULTS[spec.dtype], **{name: value for name, value in given.items() if value is not None})
+    widened = spec.dtype == "bfloat16" and not subject.is_plan and against != "onnxruntime"  # see verify.sessions
+    tolerances = DEFAULTS["float32" if widened else spec.dtype]
+    tolerances = replace(tolerances, **{name: value for name, value in given.items() if value is not None})
     context = max_tokens or searching_context(spec)
     cases = plan_cases(
         spec, steps=steps, max_tokens=min(context, subject.max_tokens or context), thorough=thorough,
@@ -99,7 +101,7 @@ def verify(
             shown.close()
             shown.enter_context(progress.step(f"{call.case}: {call.label}"))
 
-        script = Script(spec, cases, announce)
+        script = Script(spec, cases, announce, real_text(path.parent, spec.vocab_size))
         records = _compare(subject.runner, other, script, tolerances)
     if not any(record.name.startswith("chosen") for case in records for record in case.agreements):
         notes.append("no context was long enough for a search, or the runner does not show the blocks that it chose")

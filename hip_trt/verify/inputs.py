@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics  # a real text that every Python has: its language reference
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hip_trt import operator as names
+from hip_trt.errors import EnvironmentProblem
+from hip_trt.runtime.loading import load_tokenizer
 from hip_trt.runtime.pages import pages_for
 from hip_trt.spec import ModelSpec
 from hip_trt.verify.runners import Feed
@@ -29,7 +33,7 @@ class Case:
             earlier case: a long context for the price of a short one.
         new: tokens of each sequence in the first call; 0: an idle row.
         steps: decode steps after it.
-        tokens: token ids of the first call, by sequence; random where None.
+        tokens: token ids of the first call, by sequence; the script's own where None.
     """
 
     name: str
@@ -57,6 +61,19 @@ class Call:
     decode: bool
 
 
+def real_text(folder: Path, vocab_size: int) -> list[int]:
+    """Token ids of an English text, by the tokenizer in a model's folder; none where it has no usable one.
+
+    Random tokens are like no text: a model may make ten times as much of rounding there.
+    """
+    try:
+        tokenizer = load_tokenizer(folder, required=False)
+    except EnvironmentProblem:  # whoever runs the model is told; it can be verified without
+        return []
+    ids = [] if tokenizer is None else list(tokenizer(topics["specialnames"])["input_ids"])
+    return ids if all(0 <= token < vocab_size for token in ids) else []
+
+
 def searching_context(spec: ModelSpec) -> int:
     """Tokens of a context in which every call searches: a quarter more than what prefill attends to, and a few."""
     hip = spec.hip
@@ -75,7 +92,7 @@ def plan_cases(
         steps: decode steps of a case that decodes.
         max_tokens: longest context.
         thorough: longer prompts, and every block edge.
-        prompts: token ids to begin "prefill, decode" with, one case each, in place of random ones.
+        prompts: token ids to begin "prefill, decode" with, one case each.
         max_prefill: most new tokens of a call; None: any.
         max_batch: most sequences of a call; None: any.
     """
@@ -121,14 +138,18 @@ class Script:
         spec: the model.
         cases: what to do.
         announce: told of each call before it is made.
+        text: token ids of which prompts are pieces, where it is long enough for one; random ids elsewhere.
 
     Attributes:
         calls: the calls made so far.
         feed: that of the last call.
     """
 
-    def __init__(self, spec: ModelSpec, cases: Sequence[Case], announce: Callable[[Call], object] = lambda _: None):
-        self.spec, self._cases, self._announce = spec, cases, announce
+    def __init__(
+        self, spec: ModelSpec, cases: Sequence[Case], announce: Callable[[Call], object] = lambda _: None,
+        text: Sequence[int] = (),
+    ) -> None:
+        self.spec, self._cases, self._announce, self._text = spec, cases, announce, text
         self._random = torch.Generator().manual_seed(_SEED)
         self.calls: list[Call] = []
         self.feed: Feed = {}
@@ -146,9 +167,7 @@ class Script:
     def _play(self, case: Case) -> Iterator[Feed]:
         spec, lengths = self.spec, torch.tensor(case.past, dtype=torch.int32)
         state, table = self._state(case)
-        rows = case.tokens or tuple(
-            tuple(torch.randint(spec.vocab_size, (count,), generator=self._random).tolist()) for count in case.new
-        )
+        rows = case.tokens or tuple(self._tokens(count) for count in case.new)
         interval = min(2, spec.hip.refresh_interval)
         for step in range(1 + case.steps):
             refresh = step == 0 or (step - 1) % interval == 0
@@ -179,6 +198,13 @@ class Script:
                 ):
                     state[past] = self._outputs[present].to(spec.torch_dtype)
                 state[names.past_nodes_name(layer)] = self._outputs[names.present_nodes_name(layer)]
+
+    def _tokens(self, count: int) -> tuple[int, ...]:
+        spare = len(self._text) - count
+        if spare < 0:
+            return tuple(torch.randint(self.spec.vocab_size, (count,), generator=self._random).tolist())
+        start = int(torch.randint(spare + 1, (), generator=self._random))
+        return tuple(self._text[start : start + count])
 
     def _last_logits(self, counts: Tensor) -> Tensor:
         logits = self._outputs[names.LOGITS]

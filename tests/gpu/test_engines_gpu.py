@@ -240,10 +240,19 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 @pytest.mark.parametrize("against", ["reference", "onnxruntime"])
 def test_verify(pruned: Pair, against: str) -> None:
     """What ``hip-trt verify engine.plan`` runs."""
+    verified(pruned, against)
+
+
+def test_verify_bfloat16(tmp_path: Path) -> None:
+    """ONNX Runtime computes in float32 then."""
+    verified(make(tmp_path, tiny_llama(**SIZES, **SHAPES["GQA 4"]), "bfloat16", hip=PRUNED), "onnxruntime")
+
+
+def verified(pair: Pair, against: str) -> None:
     pytest.importorskip("polygraphy", reason="needs polygraphy")
     from hip_trt.verify import verify
 
-    result = verify(pruned.plan, against=against, require_engine=True)
+    result = verify(pair.plan, against=against, require_engine=True)
     assert result.agrees, result.model_dump_json()
     assert "tensorrt" in result.runner.lower()
 
