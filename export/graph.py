@@ -59,12 +59,12 @@ class PagedCausalLM(nn.Module):
 
     def forward(
         self, input_ids: Tensor, past_lengths: Tensor, query_lengths: Tensor, page_table: Tensor, refresh_mask: Tensor,
-        state: list[tuple[Tensor, Tensor, Tensor]],
+        state: list[tuple[Tensor, ...]],
     ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        """Logits, and per layer present_key, present_value and present_nodes.
+        """Logits, and each layer's present state.
 
-        Shapes are those of the model graph in docs/operator.md; ``state`` holds past_key, past_value and past_nodes of
-        each layer.
+        Shapes are those of the model graph in docs/operator.md; ``state`` holds each layer's past tensors, in
+        the order of :data:`hip_trt.operator.STATE`.
         """
         present: dict[int, tuple[Tensor, ...]] = {}
 
@@ -72,15 +72,19 @@ class PagedCausalLM(nn.Module):
                       ) -> Tensor:
             check_call(module, key, value, max_context=self.max_context, **options)
             layer = cast(int, module.layer_idx)
-            past_key, past_value, past_nodes = state[layer]
+            inputs = {
+                "query": query, "key": key, "value": value, operator.PAGE_TABLE: page_table,
+                operator.PAST_LENGTHS: past_lengths, operator.QUERY_LENGTHS: query_lengths,
+                operator.REFRESH_MASK: refresh_mask,
+                **{tensor.past_input: past for tensor, past in zip(operator.STATE, state[layer], strict=True)},
+            }
             attributes: dict[str, Any] = {**operator.attributes(self.config, scale=scale, layer=layer)}
             output, *rest = torch.onnx.ops.symbolic_multi_out(
                 f"{operator.DOMAIN}::{operator.OP_TYPE}",
-                (query, key, value, past_key, past_value, page_table, past_lengths, query_lengths, past_nodes,
-                 refresh_mask),
+                tuple(inputs[name] for name in operator.INPUTS),
                 attributes,
-                dtypes=(query.dtype, past_key.dtype, past_value.dtype, past_nodes.dtype),
-                shapes=(query.shape, past_key.shape, past_value.shape, past_nodes.shape),
+                dtypes=(query.dtype, *(past.dtype for past in state[layer])),
+                shapes=(query.shape, *(past.shape for past in state[layer])),
                 version=operator.OP_VERSION,
             )
             present[layer] = tuple(rest)
@@ -329,40 +333,37 @@ def _example(model_config: PreTrainedConfig, config: HipConfig, dtype: torch.dty
     """Example arguments of the traced forward, and which of their dimensions are dynamic."""
     batch, sequence, pages, slots = 2, 3, 7, 5  # all different and above 1, so that none is taken for another
     shape = heads(model_config)
-    masks = config.num_masks(shape.query, shape.key_value)
-    pool = (pages, shape.key_value, config.page_size, shape.size)
 
     def integers(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.int32)
 
-    state = [
-        (torch.zeros(pool, dtype=dtype), torch.zeros(pool, dtype=dtype),
-         integers(batch, masks, config.decode_mask_blocks))
-        for _ in range(model_config.num_hidden_layers)
-    ]
+    state = []
+    for _ in range(model_config.num_hidden_layers):
+        tensors = []
+        for tensor in operator.STATE:
+            sizes = tensor.sizes(config, query_heads=shape.query, kv_heads=shape.key_value, head_dim=shape.size)
+            kind = torch.int32 if tensor.integers else dtype
+            tensors.append(torch.zeros(pages if tensor.paged else batch, *sizes, dtype=kind))
+        state.append(tuple(tensors))
     arguments = (
         torch.zeros(batch, sequence, dtype=torch.int64), integers(batch), integers(batch), integers(batch, slots),
         integers(1), state,
     )
     b, s, p, m = (torch.export.Dim(name) for name in (_BATCH, _SEQUENCE, _PAGES, _SLOTS))
-    dynamic: Any = ({0: b, 1: s}, {0: b}, {0: b}, {0: b, 1: m}, {}, [({0: p}, {0: p}, {0: b}) for _ in state])
+    dynamic: Any = ({0: b, 1: s}, {0: b}, {0: b}, {0: b, 1: m}, {}, [
+        tuple({0: p if tensor.paged else b} for tensor in operator.STATE) for _ in state
+    ])
     return arguments, dynamic
 
 
 def _input_names(layers: int) -> list[str]:
     names = [operator.INPUT_IDS, operator.PAST_LENGTHS, operator.QUERY_LENGTHS, operator.PAGE_TABLE,
              operator.REFRESH_MASK]
-    for layer in range(layers):
-        names += [operator.past_key_name(layer), operator.past_value_name(layer), operator.past_nodes_name(layer)]
-    return names
+    return names + [tensor.past(layer) for layer in range(layers) for tensor in operator.STATE]
 
 
 def _output_names(layers: int) -> list[str]:
-    names = [operator.LOGITS]
-    for layer in range(layers):
-        names += [operator.present_key_name(layer), operator.present_value_name(layer),
-                  operator.present_nodes_name(layer)]
-    return names
+    return [operator.LOGITS, *(tensor.present(layer) for layer in range(layers) for tensor in operator.STATE)]
 
 
 @contextmanager

@@ -33,9 +33,6 @@ class Range:
 
 def graph_shapes(spec: ModelSpec) -> dict[str, tuple[_Dim, ...]]:
     """Shape of every input of the model graph; dynamic dimensions by name."""
-    _, *row = spec.pool_shape(0)
-    pool: tuple[_Dim, ...] = (_P, *row)
-    _, *masks = spec.nodes_shape(0)
     shapes: dict[str, tuple[_Dim, ...]] = {
         operator.INPUT_IDS: (_B, _S),
         operator.PAST_LENGTHS: (_B,),
@@ -44,9 +41,8 @@ def graph_shapes(spec: ModelSpec) -> dict[str, tuple[_Dim, ...]]:
         operator.REFRESH_MASK: (1,),
     }
     for layer in range(spec.num_layers):
-        shapes[operator.past_key_name(layer)] = pool
-        shapes[operator.past_value_name(layer)] = pool
-        shapes[operator.past_nodes_name(layer)] = (_B, *masks)
+        for tensor in operator.STATE:
+            shapes[tensor.past(layer)] = (_P if tensor.paged else _B, *spec.state_shape(tensor, 0)[1:])
     return shapes
 
 

@@ -5,6 +5,7 @@ The contract (shapes, types, meaning) is in :func:`hip_trt.reference.hip_attenti
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 from hip_trt.config import HipConfig
@@ -35,28 +36,55 @@ REFRESH_MASK: Final = "refresh_mask"
 LOGITS: Final = "logits"
 
 
-def past_key_name(layer: int) -> str:
-    return f"past_key_values.{layer}.key"
+
+@dataclass(frozen=True)
+class StateTensor:
+    """A tensor of a layer's state: an input of the operator and of the model graph, and an output of the same shape and
+    type, which may share its buffer.
+
+    Attributes:
+        part: what it holds.
+        paged: a pool of pages, [P, ...], where whoever copies, moves or frees a page takes along what belongs to it;
+            else [B, ...], an entry for each sequence.
+        integers: int32; else of the model's type.
+    """
+
+    part: str
+    paged: bool
+    integers: bool
+
+    @property
+    def past_input(self) -> str:
+        """The operator's input."""
+        return f"past_{self.part}"
+
+    @property
+    def present_output(self) -> str:
+        """The operator's output."""
+        return f"present_{self.part}"
+
+    def sizes(self, config: HipConfig, *, query_heads: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
+        """Its shape after pages, or sequences."""
+        if self.part == "nodes":
+            return config.num_masks(query_heads, kv_heads), config.decode_mask_blocks
+        return kv_heads, config.page_size, head_dim
+
+    def past(self, layer: int) -> str:
+        """Name of a decoder layer's input of the model graph."""
+        return f"past_key_values.{layer}.{self.part}" if self.paged else f"past_{self.part}.{layer}"
+
+    def present(self, layer: int) -> str:
+        """Name of a decoder layer's output of the model graph."""
+        return f"present.{layer}.{self.part}" if self.paged else f"present_{self.part}.{layer}"
 
 
-def past_value_name(layer: int) -> str:
-    return f"past_key_values.{layer}.value"
-
-
-def past_nodes_name(layer: int) -> str:
-    return f"past_nodes.{layer}"
-
-
-def present_key_name(layer: int) -> str:
-    return f"present.{layer}.key"
-
-
-def present_value_name(layer: int) -> str:
-    return f"present.{layer}.value"
-
-
-def present_nodes_name(layer: int) -> str:
-    return f"present_nodes.{layer}"
+KEY: Final = StateTensor("key", paged=True, integers=False)
+VALUE: Final = StateTensor("value", paged=True, integers=False)
+NODES: Final = StateTensor("nodes", paged=False, integers=True)
+NOTHING: Final = -1
+"""What an entry holds throughout for a sequence that has none."""
+STATE: Final = (KEY, VALUE, NODES)
+"""A layer's state, in the order of the operator's inputs, its outputs and the model graph."""
 
 
 def attributes(config: HipConfig, *, scale: float, layer: int | None = None) -> dict[str, int | float | str]:

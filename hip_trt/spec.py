@@ -80,6 +80,12 @@ class ModelSpec(BaseModel):
         """Shape of one layer's key (or value) pool: [P, Hkv, page_size, D]."""
         return pages, self.num_key_value_heads, self.hip.page_size, self.head_dim
 
-    def nodes_shape(self, batch: int) -> tuple[int, int, int]:
-        """Shape of one layer's tree nodes: [B, Hm, Kd]."""
-        return batch, self.num_masks, self.hip.decode_mask_blocks
+    def state_shape(self, tensor: operator.StateTensor, count: int) -> tuple[int, ...]:
+        """Shape of one layer's tensor of the state, for so many pages, or sequences where it is not paged."""
+        return count, *tensor.sizes(
+            self.hip, query_heads=self.num_attention_heads, kv_heads=self.num_key_value_heads, head_dim=self.head_dim
+        )
+
+    def state_dtype(self, tensor: operator.StateTensor) -> torch.dtype:
+        """Type of a tensor of the state."""
+        return torch.int32 if tensor.integers else self.torch_dtype

@@ -48,12 +48,12 @@ class GraphRunner:
         batch, pages = len(page_table), int(self.page_table.max()) + 1
         dtype = np.float16 if spec.dtype == "float16" else np.float32
         # What no sequence has committed is undefined: make it hurt.
-        pool = np.full(spec.pool_shape(pages), np.nan, dtype)
         self.state: dict[str, np.ndarray[Any, Any]] = {}
         for layer in range(spec.num_layers):
-            self.state[names.past_key_name(layer)] = pool
-            self.state[names.past_value_name(layer)] = pool
-            self.state[names.past_nodes_name(layer)] = np.full(spec.nodes_shape(batch), -1, np.int32)
+            for tensor in names.STATE:
+                count, fill = (pages, np.nan) if tensor.paged else (batch, names.NOTHING)
+                kind = np.int32 if tensor.integers else dtype
+                self.state[tensor.past(layer)] = np.full(spec.state_shape(tensor, count), fill, kind)
         self.lengths = np.zeros(batch, np.int32)
         self._evaluator: Any
         if oracle:
@@ -73,9 +73,7 @@ class GraphRunner:
             names.PAST_LENGTHS: self.lengths, names.QUERY_LENGTHS: counts, names.PAGE_TABLE: self.page_table,
             names.REFRESH_MASK: np.array([refresh], np.int32), **self.state,
         }
-        outputs = [names.LOGITS]
-        for layer in range(spec.num_layers):
-            outputs += [names.present_key_name(layer), names.present_value_name(layer), names.present_nodes_name(layer)]
+        outputs = [names.LOGITS, *(tensor.present(layer) for layer in range(spec.num_layers) for tensor in names.STATE)]
         logits, *present = self._evaluator.run(outputs, feeds)
         self.state = dict(zip(self.state, present, strict=True))
         self.lengths = self.lengths + counts

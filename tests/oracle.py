@@ -81,13 +81,11 @@ def _attend(
 ) -> tuple[Tensor, None]:
     inputs, outputs = graph
     layer = module.layer_idx
-    past = [names.past_key_name(layer), names.past_value_name(layer), names.past_nodes_name(layer)]
-    present = [names.present_key_name(layer), names.present_value_name(layer), names.present_nodes_name(layer)]
-    shared = [inputs[name] for name in (names.PAGE_TABLE, names.PAST_LENGTHS, names.QUERY_LENGTHS)]
-    output, *state = hip_attention(
-        query, key, value, inputs[past[0]], inputs[past[1]], *shared, inputs[past[2]], inputs[names.REFRESH_MASK],
-        config=hip, scale=scaling, dense=layer in hip.dense_layers,
+    past = {tensor.past_input: tensor.past(layer) for tensor in names.STATE}
+    tensors = [inputs[past.get(name, name)] for name in names.INPUTS[3:]]
+    output, *present = hip_attention(
+        query, key, value, *tensors, config=hip, scale=scaling, dense=layer in hip.dense_layers,
     )
-    for name, tensor in zip(present, state, strict=True):
-        outputs[name].copy_(tensor)
+    for tensor, new in zip(names.STATE, present, strict=True):
+        outputs[tensor.present(layer)].copy_(new)
     return output.transpose(1, 2), None

@@ -91,12 +91,12 @@ def test_inputs_and_outputs_are_the_model_graph(built: Path) -> None:
     inputs = {tensor.name: tensor for tensor in described.inputs}
     assert set(inputs) == set(graph_shapes(tiny_spec()))
     assert inputs[operator.INPUT_IDS].dtype == "int64"
-    assert inputs[operator.past_key_name(1)].dtype == "float16"
-    assert inputs[operator.past_key_name(1)].shape == (-1, 2, 16, 64)
-    assert inputs[operator.past_nodes_name(0)].shape == (-1, 2, 2)
+    assert inputs[operator.KEY.past(1)].dtype == "float16"
+    assert inputs[operator.KEY.past(1)].shape == (-1, 2, 16, 64)
+    assert inputs[operator.NODES.past(0)].shape == (-1, 2, 2)
     outputs = {tensor.name: tensor for tensor in described.outputs}
     assert outputs[operator.LOGITS].dtype == "float32"
-    assert outputs[operator.present_nodes_name(1)].dtype == "int32"
+    assert outputs[operator.NODES.present(1)].dtype == "int32"
     assert len(outputs) == 1 + 3 * 2
 
 
@@ -108,7 +108,7 @@ def test_profiles_of_prefill_and_decode(built: Path) -> None:
     assert (prefill[operator.INPUT_IDS].min, prefill[operator.INPUT_IDS].max) == ((1, 1), (3, 40))
     assert (decode[operator.INPUT_IDS].min, decode[operator.INPUT_IDS].max) == ((1, 1), (3, 1))
     assert prefill[operator.PAGE_TABLE].max == decode[operator.PAGE_TABLE].max == (3, 7)  # 100 tokens in pages of 16
-    assert prefill[operator.past_key_name(0)].max == (21, 2, 16, 64)
+    assert prefill[operator.KEY.past(0)].max == (21, 2, 16, 64)
     assert operator.REFRESH_MASK not in prefill  # its shape is fixed
     assert described.limits.max_pages == 21
 
@@ -631,8 +631,8 @@ def test_auto_prefers_tensorrt_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPa
 def test_profiles_follow_the_config() -> None:
     spec = tiny_spec(layers=1, hip=HIP.replace(mask_heads="query", page_size=32))
     prefill, _ = profiles(spec, EngineLimits(max_batch=2, max_prefill=8, max_seq_len=33, max_pages=5))
-    assert prefill.shapes[operator.past_nodes_name(0)].max == (2, 4, 2)
-    assert prefill.shapes[operator.past_value_name(0)].max == (5, 2, 32, 64)
+    assert prefill.shapes[operator.NODES.past(0)].max == (2, 4, 2)
+    assert prefill.shapes[operator.VALUE.past(0)].max == (5, 2, 32, 64)
     assert prefill.shapes[operator.PAGE_TABLE].opt == (1, 2)
 
 

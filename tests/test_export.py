@@ -145,10 +145,10 @@ def test_inputs_and_outputs(dense_model: ExportedModel, sparse_model: ExportedMo
     outputs: dict[str, Any] = {"logits": (real, ["batch_size", 1, VOCABULARY])}
     for layer in range(2):
         pool, nodes = (real, ["num_pages", 2, 8, 8]), (integer, ["batch_size", 2, 128])
-        inputs |= {names.past_key_name(layer): pool, names.past_value_name(layer): pool,
-                   names.past_nodes_name(layer): nodes}
-        outputs |= {names.present_key_name(layer): pool, names.present_value_name(layer): pool,
-                    names.present_nodes_name(layer): nodes}
+        inputs |= {names.KEY.past(layer): pool, names.VALUE.past(layer): pool,
+                   names.NODES.past(layer): nodes}
+        outputs |= {names.KEY.present(layer): pool, names.VALUE.present(layer): pool,
+                    names.NODES.present(layer): nodes}
     assert list(signature(graph.input).items()) == list(inputs.items())
     assert list(signature(graph.output).items()) == list(outputs.items())
     graph = onnx.load(sparse_model.path, load_external_data=False).graph
@@ -320,10 +320,10 @@ def test_function_equals_oracle(sparse_model: ExportedModel) -> None:
         logits, expected = (runner.step(rows, refresh=refresh) for runner in runners)
         for row, given in enumerate(rows):
             np.testing.assert_allclose(logits[row, : len(given)], expected[row, : len(given)], rtol=0, atol=1e-3)
-        nodes = [runner.state[names.past_nodes_name(1)] for runner in runners]
+        nodes = [runner.state[names.NODES.past(1)] for runner in runners]
         np.testing.assert_array_equal(*nodes)
     assert (nodes[0] >= 0).any()
-    assert (runners[0].state[names.past_nodes_name(0)] == -1).all()
+    assert (runners[0].state[names.NODES.past(0)] == -1).all()
 
 
 def test_pruning_prunes(sparse_model: ExportedModel, tiny_folder: Path) -> None:

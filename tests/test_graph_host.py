@@ -192,8 +192,8 @@ def test_state_in_place_and_apart(
         state = session.state
         assert len(calls) == 4
         for layer, (inputs, outputs) in enumerate(calls):
-            assert inputs[3] == outputs[1] == state.keys[layer % 2].data_ptr()
-            assert inputs[4] == outputs[2] == state.values[layer % 2].data_ptr()
+            assert inputs[3] == outputs[1] == state.layers[layer % 2][names.KEY].data_ptr()
+            assert inputs[4] == outputs[2] == state.layers[layer % 2][names.VALUE].data_ptr()
             assert inputs[8] == outputs[3]
         calls.clear()
         inputs = {
@@ -208,10 +208,10 @@ def test_state_in_place_and_apart(
         written = state.past_lengths[0]
         pages = state.pages(0)
         for layer in range(2):
-            for name, pools in ((names.present_key_name, state.keys), (names.present_value_name, state.values)):
+            for tensor in (names.KEY, names.VALUE):
                 found, session_has = (
                     pool[list(pages)].transpose(1, 2).flatten(0, 1)[:written]
-                    for pool in (apart[name(layer)], pools[layer])
+                    for pool in (apart[tensor.present(layer)], state.layers[layer][tensor])
                 )
                 assert found.equal(session_has)
         assert all(torch.equal(inputs[name].nan_to_num(), before[name].nan_to_num()) for name in inputs)
@@ -385,7 +385,7 @@ def test_unknown_nodes_are_refused(host: Callable[[Path], GraphExecutor], export
 
     def read_state(model: onnx.ModelProto) -> None:
         node = next(node for node in model.graph.node if node.op_type == "Neg")
-        node.input[0] = names.past_key_name(1)
+        node.input[0] = names.KEY.past(1)
 
     for change, message in (
         (rename, "the operator HardSigmoid is not in graph_host/torch_ops.py"),

@@ -19,6 +19,7 @@ from test_runtime_tensorrt import Recording, make
 from tiny_plan import LIMITS
 from typer.testing import CliRunner, Result
 
+from hip_trt import operator as names
 from hip_trt import runtime
 from hip_trt.cli.app import app
 from hip_trt.config import HipConfig
@@ -199,7 +200,7 @@ def test_pages_that_the_caller_wrote(oracle: OracleExecutor, host: FakeHost) -> 
             state = session.state
             session.append([list(range(20))])
             session.step([3])
-            for pool in (*state.keys, *state.values):
+            for pool in (*state.tensors(names.KEY), *state.tensors(names.VALUE)):
                 pool[:] = torch.linspace(-1, 1, pool.numel()).view(pool.shape)
             state.set_page_table([[2, 0]], [20])
             return session.step([3])[0].clone()
@@ -244,7 +245,7 @@ def test_too_much(oracle: OracleExecutor, host: FakeHost) -> None:
         with pytest.raises(RuntimeInputError, match="33 tokens wanted, but the KV cache has room for 32"):
             session.append([[1] * 33])
         assert session.state.lengths == (0,)
-        assert session.state.keys[0].isnan().all()
+        assert session.state.layers[0][names.KEY].isnan().all()
 
 
 def test_memory_of_the_machine(oracle: OracleExecutor, host: FakeHost) -> None:

@@ -37,7 +37,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 def session(model: LlamaForCausalLM, hip: HipConfig = SPARSE, **options: Any) -> Session:
     """A session whose pools hold NaN wherever nothing was committed."""
     result = Session(OracleExecutor(model, hip), **{"max_seq_len": 128, **options})
-    for pool in (*result.state.keys, *result.state.values):
+    for pool in (*result.state.tensors(names.KEY), *result.state.tensors(names.VALUE)):
         pool.fill_(math.nan)
     return result
 
@@ -129,14 +129,14 @@ def test_refresh_interval_override_and_restart_after_prefill(model: LlamaForCaus
 def test_decode_nodes_are_kept_between_steps(model: LlamaForCausalLM) -> None:
     running = session(model)
     running.append([prompt(100)])
-    assert all((nodes == -1).all() for nodes in running.state.nodes)
+    assert all((nodes == -1).all() for nodes in running.state.tensors(names.NODES))
     running.step([1])
-    kept = [nodes.clone() for nodes in running.state.nodes]
+    kept = [nodes.clone() for nodes in running.state.tensors(names.NODES)]
     assert all((nodes[0, :, 0] >= 0).all() for nodes in kept)
     running.step([2])
-    assert all(torch.equal(nodes, old) for nodes, old in zip(running.state.nodes, kept, strict=True))
+    assert all(torch.equal(nodes, old) for nodes, old in zip(running.state.tensors(names.NODES), kept, strict=True))
     running.append([[3, 4]])
-    assert all((nodes == -1).all() for nodes in running.state.nodes)
+    assert all((nodes == -1).all() for nodes in running.state.tensors(names.NODES))
 
 
 def test_greedy_equals_transformers(model: LlamaForCausalLM) -> None:
@@ -217,7 +217,7 @@ def test_truncating_forgets_nodes(model: LlamaForCausalLM) -> None:
     running.append([prompt(100), prompt(100)])
     running.step([1, 1])
     running.truncate(0, 60)
-    for nodes in running.state.nodes:
+    for nodes in running.state.tensors(names.NODES):
         assert (nodes[0] == -1).all()
         assert (nodes[1, :, 0] >= 0).all()
 

@@ -41,7 +41,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 def poisoned(session: Session) -> Session:
     """Pools that hold NaN wherever nothing was committed."""
-    for pool in (*session.state.keys, *session.state.values):
+    for pool in (*session.state.tensors(names.KEY), *session.state.tensors(names.VALUE)):
         pool.fill_(math.nan)
     return session
 
@@ -56,7 +56,7 @@ def test_prefill_and_decode_agree_with_the_oracle(executor: OrtExecutor, oracle:
         actual, expected = (session.step([step, second]) for session in sessions)
         rows = [0, 1] if second is not None else [0]
         torch.testing.assert_close(actual[rows], expected[rows], atol=1e-4, rtol=1e-4)
-        for mine, theirs in zip(*(session.state.nodes for session in sessions), strict=True):
+        for mine, theirs in zip(*(session.state.tensors(names.NODES) for session in sessions), strict=True):
             assert torch.equal(mine, theirs)
 
 
@@ -65,7 +65,7 @@ def test_prefill_and_decode_agree_with_the_oracle(executor: OrtExecutor, oracle:
 def test_aliasing_is_bit_identical(executor: OrtExecutor, width: int, refresh: int) -> None:
     """present bound to past, as sessions do, against separate buffers."""
     running = Session(executor, batch=2, max_seq_len=128)
-    for pool in (*running.state.keys, *running.state.values):
+    for pool in (*running.state.tensors(names.KEY), *running.state.tensors(names.VALUE)):
         pool.fill_(0.5)  # the same everywhere, also where nothing is committed, so that whole pools compare
     running.append([prompt(90, seed=1), prompt(60, seed=2)])
     running.step([1, 2])
@@ -83,9 +83,9 @@ def test_aliasing_is_bit_identical(executor: OrtExecutor, width: int, refresh: i
         outputs = {names.LOGITS: torch.zeros(2, width, executor.spec.vocab_size)}
         for layer in layers:
             for past, present, tensor in (
-                (names.past_key_name, names.present_key_name, state.keys[layer]),
-                (names.past_value_name, names.present_value_name, state.values[layer]),
-                (names.past_nodes_name, names.present_nodes_name, state.nodes[layer]),
+                (names.KEY.past, names.KEY.present, state.layers[layer][names.KEY]),
+                (names.VALUE.past, names.VALUE.present, state.layers[layer][names.VALUE]),
+                (names.NODES.past, names.NODES.present, state.layers[layer][names.NODES]),
             ):
                 inputs[past(layer)] = tensor.clone()
                 outputs[present(layer)] = inputs[past(layer)] if aliased else torch.zeros_like(tensor)
@@ -96,7 +96,7 @@ def test_aliasing_is_bit_identical(executor: OrtExecutor, width: int, refresh: i
     assert aliased.keys() == separate.keys()
     for name, tensor in aliased.items():
         assert torch.equal(tensor, separate[name]), name
-    assert not torch.equal(aliased[names.present_key_name(0)], state.keys[0])  # the new rows are there
+    assert not torch.equal(aliased[names.KEY.present(0)], state.layers[0][names.KEY])  # the new rows are there
 
 
 def test_pools_are_written_in_place(executor: OrtExecutor) -> None:
@@ -104,7 +104,7 @@ def test_pools_are_written_in_place(executor: OrtExecutor) -> None:
     running.append([prompt(20)])
     (binding, copies) = next(reversed(executor._bindings.values()))
     shapes = {tuple(target.shape) for target, _ in copies}
-    assert shapes == {executor.spec.nodes_shape(1)}  # tree nodes alone go through a copy
+    assert shapes == {executor.spec.state_shape(names.NODES, 1)}  # tree nodes alone go through a copy
     del binding
 
 
@@ -213,7 +213,7 @@ def test_type_without_kernels(tmp_path: Path) -> None:
 def test_float16_runs(tmp_path: Path, oracle: OracleExecutor) -> None:
     executor = OrtExecutor(export_tiny(tmp_path, dtype="float16"), threads=1)
     actual, expected = (poisoned(Session(one, max_seq_len=64)) for one in (executor, oracle))
-    assert actual.state.keys[0].dtype == torch.float16
+    assert actual.state.layers[0][names.KEY].dtype == torch.float16
     logits, reference = (session.append([prompt(20)]) for session in (actual, expected))
     torch.testing.assert_close(logits, reference, atol=0.2, rtol=0.05)
     torch.testing.assert_close(actual.step([3]), expected.step([3]), atol=0.2, rtol=0.05)

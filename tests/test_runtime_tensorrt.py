@@ -124,11 +124,11 @@ class FakeEngine:
         self.oracle, self.stream, self.log = oracle, stream, MessageLog()
         self.inputs = [
             names.INPUT_IDS, names.PAST_LENGTHS, names.QUERY_LENGTHS, names.PAGE_TABLE, names.REFRESH_MASK,
-            *(name(i) for i in layers for name in (names.past_key_name, names.past_value_name, names.past_nodes_name)),
+            *(name(i) for i in layers for name in (names.KEY.past, names.VALUE.past, names.NODES.past)),
         ]
         self.outputs = [names.LOGITS, *(
             name(i) for i in layers
-            for name in (names.present_key_name, names.present_value_name, names.present_nodes_name)
+            for name in (names.KEY.present, names.VALUE.present, names.NODES.present)
         )]
         self.weights: set[str] = set()
         self.contexts: list[FakeContext] = []
@@ -216,8 +216,8 @@ def test_present_is_bound_to_past(oracle: OracleExecutor) -> None:
     for context in engine.contexts:
         for layer in range(oracle.spec.num_layers):
             for past, present in (
-                (names.past_key_name, names.present_key_name), (names.past_value_name, names.present_value_name),
-                (names.past_nodes_name, names.present_nodes_name),
+                (names.KEY.past, names.KEY.present), (names.VALUE.past, names.VALUE.present),
+                (names.NODES.past, names.NODES.present),
             ):
                 assert context.addresses[present(layer)] == context.addresses[past(layer)]
 

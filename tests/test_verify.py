@@ -338,19 +338,19 @@ def test_long_contexts_are_varied_copies_of_real_keys(exported: Path) -> None:
     script = Script(spec, cases)
     feeds = iter(script)
     next(feeds)
-    key, torch_random = names.present_key_name(0), torch.Generator().manual_seed(3)
+    key, torch_random = names.KEY.present(0), torch.Generator().manual_seed(3)
     real = {
         name: torch.randn(spec.pool_shape(1), generator=torch_random)
         for layer in range(spec.num_layers)
-        for name in (names.present_key_name(layer), names.present_value_name(layer))
+        for name in (names.KEY.present(layer), names.VALUE.present(layer))
     }
     script.observe({
         **real, names.LOGITS: torch.zeros(1, 1, spec.vocab_size),
-        **{names.present_nodes_name(layer): script.feed[names.past_nodes_name(layer)]
+        **{names.NODES.present(layer): script.feed[names.NODES.past(layer)]
            for layer in range(spec.num_layers)},
     })
     feed = next(feeds)
-    pool, size = feed[names.past_key_name(0)], spec.hip.page_size
+    pool, size = feed[names.KEY.past(0)], spec.hip.page_size
     token = torch.arange(cases[1].past[0])
     found = pool[feed[names.PAGE_TABLE][0, token // size].long(), :, token % size]
     expected = real[key][0, :, token % cases[0].new[0]].transpose(0, 1)

@@ -76,10 +76,11 @@ class _Graph:
         self.nodes.append(helper.make_node(
             names.OP_TYPE,
             [
-                *projected, names.past_key_name(layer), names.past_value_name(layer), names.PAGE_TABLE,
-                names.PAST_LENGTHS, names.QUERY_LENGTHS, names.past_nodes_name(layer), names.REFRESH_MASK,
+                *projected,
+                *({tensor.past_input: tensor.past(layer) for tensor in names.STATE}.get(name, name)
+                  for name in names.INPUTS[3:]),
             ],
-            [attended, names.present_key_name(layer), names.present_value_name(layer), names.present_nodes_name(layer)],
+            [attended, *(tensor.present(layer) for tensor in names.STATE)],
             name=f"attention.{layer}", domain=names.DOMAIN,
             **names.attributes(spec.hip, scale=spec.head_dim**-0.5, layer=layer),
         ))
@@ -88,8 +89,6 @@ class _Graph:
 
     def model(self) -> onnx.ModelProto:
         spec, tensor = self.spec, helper.make_tensor_value_info
-        pool = ["pages", *spec.pool_shape(0)[1:]]
-        nodes = ["batch", *spec.nodes_shape(0)[1:]]
         inputs = [
             tensor(names.INPUT_IDS, TensorProto.INT64, ["batch", "sequence"]),
             tensor(names.PAST_LENGTHS, TensorProto.INT32, ["batch"]),
@@ -99,16 +98,11 @@ class _Graph:
         ]
         outputs = [tensor(names.LOGITS, TensorProto.FLOAT, ["batch", "sequence", spec.vocab_size])]
         for layer in range(spec.num_layers):
-            inputs += [
-                tensor(names.past_key_name(layer), TensorProto.FLOAT16, pool),
-                tensor(names.past_value_name(layer), TensorProto.FLOAT16, pool),
-                tensor(names.past_nodes_name(layer), TensorProto.INT32, nodes),
-            ]
-            outputs += [
-                tensor(names.present_key_name(layer), TensorProto.FLOAT16, pool),
-                tensor(names.present_value_name(layer), TensorProto.FLOAT16, pool),
-                tensor(names.present_nodes_name(layer), TensorProto.INT32, nodes),
-            ]
+            for kept in names.STATE:
+                kind = TensorProto.INT32 if kept.integers else TensorProto.FLOAT16
+                shape = ["pages" if kept.paged else "batch", *spec.state_shape(kept, 0)[1:]]
+                inputs.append(tensor(kept.past(layer), kind, shape))
+                outputs.append(tensor(kept.present(layer), kind, shape))
         model = helper.make_model(
             helper.make_graph(self.nodes, "tiny", inputs, outputs, self.initializers),
             opset_imports=[helper.make_opsetid("", 20)], ir_version=10,

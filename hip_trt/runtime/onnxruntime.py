@@ -116,11 +116,8 @@ class OrtExecutor:
 def _shareable(layers: int) -> dict[str, str]:
     """Outputs that may have the buffer of an input, and of which."""
     return {
-        present(layer): past(layer)
-        for layer in range(layers)
-        for present, past in (
-            (names.present_key_name, names.past_key_name), (names.present_value_name, names.past_value_name)
-        )
+        tensor.present(layer): tensor.past(layer)
+        for layer in range(layers) for tensor in (names.KEY, names.VALUE)
     }
 
 

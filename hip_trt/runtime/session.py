@@ -57,7 +57,7 @@ class Session:
             same bits. :meth:`close` gives the memory back; it goes with the object else.
 
     Attributes:
-        state: the KV cache and tree nodes.
+        state: the KV cache, and what else the layers keep.
         tokens: committed token ids of each sequence.
         refreshed: whether the last decode step searched from the top.
 
@@ -118,7 +118,7 @@ class Session:
         self._refresh_mask = torch.zeros(1, dtype=torch.int32, device=device)
         self._logits = torch.zeros(batch, 1, spec.vocab_size, dtype=torch.float32, device=device)
         self._decode = self._graph(
-            self._input_ids, self.state.page_table, self.state.past_lengths, self._query_lengths, self.state.nodes,
+            self._input_ids, self.state.page_table, self.state.past_lengths, self._query_lengths, self.state.layers,
             self._logits,
         )
 
@@ -236,7 +236,10 @@ class Session:
             # split are prefilled alike.
             width = max(2 if self._chunk > 1 else 1, *counts)
             index = torch.tensor(rows, device=device)
-            nodes = [layer[index] for layer in state.nodes]
+            layers = [
+                {tensor: kept if tensor.paged else kept[index] for tensor, kept in layer.items()}
+                for layer in state.layers
+            ]
             logits = torch.empty(
                 len(rows), width if spec.logits == "all" else 1, spec.vocab_size, dtype=torch.float32, device=device
             )
@@ -249,10 +252,12 @@ class Session:
                     state.offloaded.count_prefill(past_lengths, query_lengths, page_table.shape[1])
             self.executor.run(*self._graph(
                 torch.tensor([part + [0] * (width - len(part)) for part in parts], device=device),
-                page_table, past_lengths, query_lengths, nodes, logits,
+                page_table, past_lengths, query_lengths, layers, logits,
             ))
-            for layer, new in zip(state.nodes, nodes, strict=True):
-                layer[index] = new
+            for layer, new in zip(state.layers, layers, strict=True):
+                for tensor, kept in layer.items():
+                    if not tensor.paged:
+                        kept[index] = new[tensor]
             self._steps_since_refresh = 0
             starts = tuple(state.lengths[row] for row in rows)
             state.advance(rows, counts)
@@ -267,10 +272,10 @@ class Session:
         page_table: Tensor,
         past_lengths: Tensor,
         query_lengths: Tensor,
-        nodes: list[Tensor],
+        layers: list[dict[names.StateTensor, Tensor]],
         logits: Tensor,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Inputs and outputs of a call; pools and nodes are updated in place."""
+        """Inputs and outputs of a call; the layers' state is updated in place."""
         inputs = {
             names.INPUT_IDS: input_ids,
             names.PAST_LENGTHS: past_lengths,
@@ -279,8 +284,7 @@ class Session:
             names.REFRESH_MASK: self._refresh_mask,
         }
         outputs = {names.LOGITS: logits}
-        for layer, (key, value, kept) in enumerate(zip(self.state.keys, self.state.values, nodes, strict=True)):
-            inputs[names.past_key_name(layer)] = outputs[names.present_key_name(layer)] = key
-            inputs[names.past_value_name(layer)] = outputs[names.present_value_name(layer)] = value
-            inputs[names.past_nodes_name(layer)] = outputs[names.present_nodes_name(layer)] = kept
+        for index, layer in enumerate(layers):
+            for tensor, kept in layer.items():
+                inputs[tensor.past(index)] = outputs[tensor.present(index)] = kept
         return inputs, outputs

@@ -1,4 +1,4 @@
-"""The state of a batch of sequences: page pools, page table, lengths, tree nodes. Every tensor is a graph input."""
+"""The state of a batch of sequences: page table, lengths, and what the layers keep. Every tensor is a graph input."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from torch import Tensor
 
 from hip_trt.errors import RuntimeInputError
 from hip_trt.offload import Geometry, Offload, OffloadedCache
+from hip_trt.operator import KEY, NOTHING, STATE, VALUE, StateTensor
 from hip_trt.runtime.pages import NO_PAGE, PageAllocator, check_page_table, pages_for
 from hip_trt.spec import ModelSpec
 
 
 class KVState:
-    """Paged KV cache and tree nodes of B sequences, on one device.
+    """What the layers keep of B sequences (:data:`hip_trt.operator.STATE`), on one device.
 
     Pages are handed out as sequences grow (:meth:`reserve`), unless the caller supplies a page table
     (:meth:`set_page_table`) and so manages pages itself. Sequences may share the full pages of a common prefix.
@@ -28,9 +29,8 @@ class KVState:
         offload: keep the pools in host memory, served by so much of the device's; None: on the device.
 
     Attributes:
-        offloaded: the pools in host memory, with what their caches count; None without ``offload``.
-        keys, values: per layer, [P, Hkv, page_size, D]. Rows that no sequence has committed are undefined.
-        nodes: per layer, [B, Hm, Kd] int32.
+        offloaded: the key and value pools in host memory, with what their caches count; None without ``offload``.
+        layers: of each layer, its tensors. Rows of pools that no sequence has committed are undefined.
         page_table: [B, M] int32.
         past_lengths: [B] int32, the device's copy of :attr:`lengths`.
 
@@ -58,13 +58,7 @@ class KVState:
                 ),
                 offload, device=device,
             )
-            self.keys, self.values = self.offloaded.keys, self.offloaded.values
-        else:
-            self.keys = _allocate_pools(spec, pages, device)
-            self.values = _allocate_pools(spec, pages, device)
-        self.nodes = [
-            torch.full(spec.nodes_shape(batch), -1, dtype=torch.int32, device=device) for _ in range(spec.num_layers)
-        ]
+        self.layers = _allocate(spec, batch, pages, device, self.offloaded)
         self.page_table = torch.full((batch, slots), NO_PAGE, dtype=torch.int32, device=device)
         self.past_lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._lengths = [0] * batch
@@ -90,7 +84,11 @@ class KVState:
     @property
     def bytes(self) -> int:
         """Memory of the pools."""
-        return sum(pool.nbytes for pool in (*self.keys, *self.values))
+        return sum(layer[tensor].nbytes for layer in self.layers for tensor in STATE if tensor.paged)
+
+    def tensors(self, tensor: StateTensor) -> list[Tensor]:
+        """One tensor of the state, of each layer."""
+        return [layer[tensor] for layer in self.layers]
 
     def pages(self, row: int) -> tuple[int, ...]:
         """The pages of one sequence, in order."""
@@ -161,7 +159,7 @@ class KVState:
         self.past_lengths.copy_(torch.tensor(self._lengths, dtype=torch.int32))
 
     def truncate(self, row: int, length: int) -> None:
-        """Forget the tokens of a sequence from ``length`` on, and its tree nodes.
+        """Forget the tokens of a sequence from ``length`` on, and what layers keep of it but pages.
 
         A page that is then only partly filled, and shared, is copied, so that the other sequences keep theirs.
         """
@@ -180,8 +178,10 @@ class KVState:
             self._write_table([row])
         self._lengths[row] = length
         self.past_lengths[row] = length
-        for nodes in self.nodes:
-            nodes[row] = -1
+        for layer in self.layers:
+            for tensor in STATE:
+                if not tensor.paged:
+                    layer[tensor][row] = NOTHING
 
     def share_prefix(self, row: int, source: int, tokens: int) -> int:
         """Begin an empty sequence with the full pages of another one's first tokens, without computing them again.
@@ -217,7 +217,7 @@ class KVState:
         """Give host memory back now; it goes with the object else. Calls cannot use the state any more."""
         if self.offloaded:
             self.offloaded.close()
-            self.keys, self.values = [], []
+            self.layers = []
 
     def _own_page(self, row: int, slot: int) -> None:
         """Replace a shared page of the sequence by a copy of its own."""
@@ -229,8 +229,10 @@ class KVState:
                 "Raise the number of pages, or free a sequence.",
             )
         (copy,) = self._allocator.allocate(1)
-        for pool in (*self.keys, *self.values):
-            pool[copy] = pool[held[slot]]
+        for layer in self.layers:
+            for tensor in STATE:
+                if tensor.paged:
+                    layer[tensor][copy] = layer[tensor][held[slot]]
         if self.offloaded:
             self.offloaded.forget()  # what was cached of the page before
         self._allocator.release([held[slot]])
@@ -243,15 +245,28 @@ class KVState:
             self.page_table[row] = torch.tensor(held + [NO_PAGE] * (slots - len(held)), dtype=torch.int32)
 
 
-def _allocate_pools(spec: ModelSpec, pages: int, device: torch.device) -> list[Tensor]:
-    shape = spec.pool_shape(pages)
+def _allocate(
+    spec: ModelSpec, batch: int, pages: int, device: torch.device, offloaded: OffloadedCache | None
+) -> list[dict[StateTensor, Tensor]]:
+    def layer(index: int, device: torch.device) -> dict[StateTensor, Tensor]:
+        made = dict(zip((KEY, VALUE), offloaded.pools(index), strict=True)) if offloaded else {}
+        for tensor in STATE:
+            if tensor in made:
+                continue
+            shape, dtype = spec.state_shape(tensor, pages if tensor.paged else batch), spec.state_dtype(tensor)
+            if tensor.paged:
+                made[tensor] = torch.empty(shape, dtype=dtype, device=device)
+            else:
+                made[tensor] = torch.full(shape, NOTHING, dtype=dtype, device=device)
+        return made
+
     try:
-        return [torch.empty(shape, dtype=spec.torch_dtype, device=device) for _ in range(spec.num_layers)]
+        return [layer(index, device) for index in range(spec.num_layers)]
     except (RuntimeError, MemoryError):  # torch raises RuntimeError, and its subclass OutOfMemoryError on CUDA
-        pool = torch.empty(shape, dtype=spec.torch_dtype, device="meta").nbytes
+        size = sum(tensor.nbytes for tensor in layer(0, torch.device("meta")).values())
         raise RuntimeInputError(
             f"A KV cache of {pages} pages of {spec.hip.page_size} tokens takes "
-            f"{2 * spec.num_layers * pool / 2**30:.1f} GiB, which do not fit in the memory of {device}.",
+            f"{spec.num_layers * size / 2**30:.1f} GiB, which do not fit in the memory of {device}.",
             "Lower max_seq_len (--max-seq-len) or the batch.",
         ) from None
 

@@ -79,7 +79,7 @@ class Normalize:
         for layer in range(spec.num_layers):
             if query_name(layer) in raw:
                 put(f"query.{layer}", raw[query_name(layer)][b, :, s])
-            for kind, pool in (("key", names.present_key_name), ("value", names.present_value_name)):
+            for kind, pool in (("key", names.KEY.present), ("value", names.VALUE.present)):
                 put(f"{kind}.{layer}", raw[pool(layer)][page, :, position % spec.hip.page_size])
             if attended_name(layer) in raw:
                 put(f"attended.{layer}", raw[attended_name(layer)][b, :, s])
@@ -87,7 +87,7 @@ class Normalize:
             if blocks is not None:
                 outputs[f"chosen_blocks.{layer}"] = blocks
             if self._script.calls[-1].decode:
-                outputs[f"nodes.{layer}"] = raw[names.present_nodes_name(layer)].numpy()
+                outputs[f"nodes.{layer}"] = raw[names.NODES.present(layer)].numpy()
         logits = raw[names.LOGITS]
         put(names.LOGITS, logits[counts > 0, 0] if logits.shape[1] == 1 else logits[b, s])
         return IterationResult(outputs, runtime=result.runtime, runner_name=result.runner_name)

@@ -192,12 +192,9 @@ class Script:
             best = self._last_logits(counts).argmax(dim=-1).tolist()
             rows = tuple((token,) if count else () for token, count in zip(best, counts.tolist(), strict=True))
             for layer in range(spec.num_layers):
-                for past, present in (
-                    (names.past_key_name(layer), names.present_key_name(layer)),
-                    (names.past_value_name(layer), names.present_value_name(layer)),
-                ):
-                    state[past] = self._outputs[present].to(spec.torch_dtype)
-                state[names.past_nodes_name(layer)] = self._outputs[names.present_nodes_name(layer)]
+                for tensor in names.STATE:
+                    present = self._outputs[tensor.present(layer)]
+                    state[tensor.past(layer)] = present.to(spec.state_dtype(tensor))
 
     def _tokens(self, count: int) -> tuple[int, ...]:
         spare = len(self._text) - count
@@ -216,12 +213,10 @@ class Script:
         """Keep a sequence's keys and values, [tokens, Hkv, D] of each pool, for cases that begin with a cache."""
         tokens, size = torch.arange(count), self.spec.hip.page_size
         for layer in range(self.spec.num_layers):
-            for past, present in (
-                (names.past_key_name(layer), names.present_key_name(layer)),
-                (names.past_value_name(layer), names.present_value_name(layer)),
-            ):
-                if len(self._rows.get(past, ())) < count:
-                    self._rows[past] = self._outputs[present][pages[tokens // size].long(), :, tokens % size].float()
+            for tensor in (names.KEY, names.VALUE):
+                if len(self._rows.get(tensor.past(layer), ())) < count:
+                    pool = self._outputs[tensor.present(layer)]
+                    self._rows[tensor.past(layer)] = pool[pages[tokens // size].long(), :, tokens % size].float()
 
     def _state(self, case: Case) -> tuple[Feed, Tensor]:
         """Pools with keys and values where tokens are committed, and 0 elsewhere; pages in no order."""
@@ -242,12 +237,15 @@ class Script:
         page, offset, token = (torch.cat(parts) for parts in zip(*committed, strict=True))
         state: Feed = {}
         for layer in range(spec.num_layers):
-            for name in (names.past_key_name(layer), names.past_value_name(layer)):
+            for name in (names.KEY.past(layer), names.VALUE.past(layer)):
                 pool = torch.zeros(spec.pool_shape(sum(needs)))
                 if len(token):
                     pool[page, :, offset] = self._varied(self._rows[name], token)
                 state[name] = pool.to(spec.torch_dtype)
-            state[names.past_nodes_name(layer)] = torch.full(spec.nodes_shape(batch), -1, dtype=torch.int32)
+            for tensor in names.STATE:
+                if not tensor.paged:
+                    shape, dtype = spec.state_shape(tensor, batch), spec.state_dtype(tensor)
+                    state[tensor.past(layer)] = torch.full(shape, names.NOTHING, dtype=dtype)
         return state, table
 
     def _varied(self, rows: Tensor, tokens: Tensor) -> Tensor:

@@ -62,9 +62,9 @@ class PyTorchRunner(GraphRunner):
         outputs: Feed = {names.LOGITS: logits.float()}
         for index, layer in enumerate(layers):
             outputs[query_name(index)], outputs[attended_name(index)] = layer.query, layer.attended
-            outputs[names.present_key_name(index)] = layer.keys
-            outputs[names.present_value_name(index)] = layer.values
-            outputs[names.present_nodes_name(index)] = layer.nodes
+            outputs[names.KEY.present(index)] = layer.keys
+            outputs[names.VALUE.present(index)] = layer.values
+            outputs[names.NODES.present(index)] = layer.nodes
             outputs.update(layer.chosen)
         return outputs
 
@@ -79,9 +79,9 @@ class _GivenLayer(HipLayer):
     def __init__(self, feed: Feed, spec: ModelSpec, layer: int, shown: Shown) -> None:
         super().__init__(spec.hip, layer)
         self.keys, self.values = (
-            feed[name(layer)].float() for name in (names.past_key_name, names.past_value_name)
+            feed[name(layer)].float() for name in (names.KEY.past, names.VALUE.past)
         )
-        self.nodes = feed[names.past_nodes_name(layer)]
+        self.nodes = feed[names.NODES.past(layer)]
         self._feed, self._index, self._shown = feed, layer, shown
         self._columns = int(feed[names.PAST_LENGTHS].max())
         self.is_initialized = True

@@ -82,10 +82,8 @@ class GraphRunner(BaseRunner):  # type: ignore[misc]
             add(name, torch.int32, (None,) * rank)
         add(names.REFRESH_MASK, torch.int32, (1,))
         for layer in range(spec.num_layers):
-            pool = (None, *spec.pool_shape(0)[1:])
-            add(names.past_key_name(layer), spec.torch_dtype, pool)
-            add(names.past_value_name(layer), spec.torch_dtype, pool)
-            add(names.past_nodes_name(layer), torch.int32, (None, *spec.nodes_shape(0)[1:]))
+            for tensor in names.STATE:
+                add(tensor.past(layer), spec.state_dtype(tensor), (None, *spec.state_shape(tensor, 0)[1:]))
         return metadata
 
     def infer_impl(self, feed_dict: Any) -> OrderedDict[str, Tensor]:
@@ -116,9 +114,9 @@ class ExecutorRunner(GraphRunner):
             batch, tokens if spec.logits == "all" else 1, spec.vocab_size, dtype=torch.float32, device=device
         )
         outputs = {names.LOGITS: logits}
-        for layer in range(spec.num_layers):  # the pools are written in place, as in use
-            outputs[names.present_key_name(layer)] = inputs[names.past_key_name(layer)]
-            outputs[names.present_value_name(layer)] = inputs[names.past_value_name(layer)]
-            outputs[names.present_nodes_name(layer)] = torch.empty_like(inputs[names.past_nodes_name(layer)])
+        for layer in range(spec.num_layers):
+            for tensor in names.STATE:
+                past = inputs[tensor.past(layer)]
+                outputs[tensor.present(layer)] = past if tensor.paged else torch.empty_like(past)  # pools in place
         self._executor.run(inputs, outputs)
         return {name: tensor.cpu() for name, tensor in outputs.items()}

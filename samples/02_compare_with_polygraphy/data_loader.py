@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import hip_trt
+from hip_trt.operator import NODES, NOTHING
 from hip_trt.runtime import Session
 from hip_trt.spec import ModelSpec
 
@@ -32,9 +33,10 @@ def load_data() -> Iterator[Inputs]:
     session.append([text])
     pages = list(session.state.pages(0))
     cache = {  # [Hkv, tokens, D] of each pool
-        f"past_key_values.{layer}.{part}": np.concatenate([pool[page].numpy() for page in pages], axis=1)
-        for part, pools in (("key", session.state.keys), ("value", session.state.values))
-        for layer, pool in enumerate(pools)
+        tensor.past(index): np.concatenate([pool[page].numpy() for page in pages], axis=1)
+        for index, layer in enumerate(session.state.layers)
+        for tensor, pool in layer.items()
+        if tensor.paged
     }
     yield call(spec, cache, new=[text], past=[0])
     yield call(spec, cache, new=[text[-1:]], past=[len(text) - 1])
@@ -59,5 +61,5 @@ def call(spec: ModelSpec, cache: Inputs, *, new: list[list[int]], past: list[int
             token = np.arange(length)
             inputs[name][pages[token // page], :, token % page] = rows[:, token].swapaxes(0, 1)
     for layer in range(spec.num_layers):
-        inputs[f"past_nodes.{layer}"] = np.full(spec.nodes_shape(batch), -1, np.int32)
+        inputs[NODES.past(layer)] = np.full(spec.state_shape(NODES, batch), NOTHING, np.int32)
     return inputs

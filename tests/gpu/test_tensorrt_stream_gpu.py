@@ -40,7 +40,7 @@ class Context:
         tensor = {name: self.live[address] for name, address in self.addresses.items()}
         torch.cuda._sleep(10_000_000)
         tensor[names.LOGITS].copy_((tensor[names.INPUT_IDS] + tensor[names.PAST_LENGTHS][:, None])[..., None])
-        tensor[names.present_nodes_name(0)].add_(1)
+        tensor[names.NODES.present(0)].add_(1)
         return True
 
 
@@ -74,8 +74,8 @@ def test_calls_are_ordered_with_the_callers_stream(cuda_graphs: bool) -> None:
     lengths = torch.zeros(2, dtype=torch.int32, device=device)
     nodes = torch.zeros(2, 1, 4, dtype=torch.int32, device=device)
     logits = torch.zeros(2, 1, 1, device=device)
-    inputs = {names.INPUT_IDS: ids, names.PAST_LENGTHS: lengths, names.past_nodes_name(0): nodes}
-    outputs = {names.LOGITS: logits, names.present_nodes_name(0): nodes}
+    inputs = {names.INPUT_IDS: ids, names.PAST_LENGTHS: lengths, names.NODES.past(0): nodes}
+    outputs = {names.LOGITS: logits, names.NODES.present(0): nodes}
     live |= {tensor.data_ptr(): tensor for tensor in (ids, lengths, nodes, logits)}
     for step in range(6):
         torch.cuda._sleep(10_000_000)  # a caller that is still busy writing the inputs

@@ -169,7 +169,7 @@ def _inputs(spec: ModelSpec, batch: int, tokens: int, pages: int, slots: int) ->
         names.REFRESH_MASK: empty((1,)),
     }
     for layer in range(spec.num_layers):
-        inputs[names.past_key_name(layer)] = empty(spec.pool_shape(pages), spec.torch_dtype)
-        inputs[names.past_value_name(layer)] = empty(spec.pool_shape(pages), spec.torch_dtype)
-        inputs[names.past_nodes_name(layer)] = empty(spec.nodes_shape(batch))
+        for tensor in names.STATE:
+            shape = spec.state_shape(tensor, pages if tensor.paged else batch)
+            inputs[tensor.past(layer)] = empty(shape, spec.state_dtype(tensor))
     return inputs
