@@ -210,7 +210,7 @@ struct MatrixAttention
                 const int token = tiles.token(first + i * stride);
                 const int64_t row
                     = (static_cast<int64_t>(__shfl_sync(kAllLanes, pool_block, i % kLanes)) << step.block_log2)
-                    + (token & (step.config.block - 1));
+                    + (token & (step.config.decode_block_k - 1));
                 T* const to = next(filled);
                 copyRows(to, step.present_key, row, tiles.end - token);
                 copyRows(to + kTileRows * kTileStride, step.present_value, row, tiles.end - token);
@@ -392,7 +392,7 @@ struct AttendPlainly
         {
             const int token = tiles.token(tile);
             const int64_t first = (static_cast<int64_t>(pages.inPool(token >> step.block_log2)) << step.block_log2)
-                + (token & (step.config.block - 1));
+                + (token & (step.config.decode_block_k - 1));
             for (int i = 0; i < kTileRows && token + i <= visible; ++i)
             {
                 const T* const key = static_cast<const T*>(step.present_key) + (first + i) * dims;

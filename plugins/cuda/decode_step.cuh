@@ -1,10 +1,10 @@
-// One decode call of version 2 as its kernels see it: the caller's parameters, what follows from them on the host, and
+// One call of version 2 as the kernels of its decode see it: the caller's parameters, what follows from them on the host, and
 // where things are. docs/decode_version_2.md is the contract.
 #pragma once
 
 #include "decode_cluster_ptx.cuh"
 #include "divisor.cuh"
-#include "hip_decode.h"
+#include "hip_attention_v2.h"
 #include "overlap.cuh"
 #include "ptx.cuh"
 
@@ -18,7 +18,7 @@ constexpr int kWarps = kThreads / kLanes;
 constexpr int kTileRows = 16; // rows of a left operand of the tensor cores: bounds, codes or keys
 constexpr int kHeadTile = 8;  // columns of a right operand: query heads
 
-struct Step : HipTrtDecodeParams
+struct Step : HipTrtV2Params
 {
     int mask_heads;     // Hm
     int heads_per_mask; // query heads that share a mask
