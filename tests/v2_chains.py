@@ -211,6 +211,7 @@ def _grid() -> tuple[Chain, ...]:
               "blocks are filled, or not"),
         Chain(turns, "dense", dense=True),
         Chain(turns, "mask per query head", config=SMALL.replace(mask_heads="query")),
+        Chain(turns, "value threshold", config=SMALL.replace(value_threshold=0.02)),
         Chain(turns, "one page a block", config=SMALL.replace(page_size=16)),
         Chain(turns, "key blocks larger than decode's",
               config=SMALL.replace(mask_k=64, block_k=32, page_size=64, stride_k=2)),
