@@ -316,7 +316,6 @@ class Library:
                                     "prefill or [2] for decode.")
         if chosen_blocks is not None and kind == names.DECODE:
             raise RuntimeInputError("chosen_blocks: a decode call has none.", "present_blocks are what it chose.")
-        self.validate_v2(config, shape, kind=kind, scale=scale, dense=dense)
         if workspace is None:
             workspace = query.new_empty(
                 self.workspace_size_v2(config, shape, kind=kind, dense=dense), dtype=torch.uint8
@@ -339,6 +338,7 @@ class Library:
         with self._stream(query.device) as stream:
             status = self._functions.hipTrtV2Attention(ctypes.byref(params), stream)
         if status != 0:
+            self.validate_v2(config, shape, kind=kind, scale=scale, dense=dense)
             raise self._failure(status, query.device)
         found, *present = (tensors[name] for name in names.OUTPUTS_V2)
         return found, present[0], present[1], present[2], present[3], present[4]

@@ -317,11 +317,22 @@ struct MatrixAttention
     }
 };
 
+// What a pass over the attended tokens does. Under a value threshold there are three: sums of all weights, marks of the chosen
+// tokens that some row does not leave out, and attention to what is left.
+enum class Pass
+{
+    kWhole,
+    kSums,
+    kMarks,
+    kMarked
+};
+
 // A thread block's part of the attention on tensor cores.
 template <typename T, int D, int RowTiles>
 struct AttendOnTensorCores
 {
     using Attention = MatrixAttention<T, D, RowTiles>;
+    static constexpr Pass kPass = Pass::kWhole;
     static constexpr int kRows = Attention::kRows;
 
     Attention attention;
@@ -349,9 +360,10 @@ struct AttendOnTensorCores
 };
 
 // On plain arithmetic: a warp per row, lanes over dimensions.
-template <typename T>
+template <typename T, Pass kOfPass>
 struct AttendPlainly
 {
+    static constexpr Pass kPass = kOfPass;
     static constexpr int kRows = kWarps;
     static constexpr int kDims = 8; // of a lane: head_dim is at most 256
 
@@ -383,13 +395,51 @@ struct AttendPlainly
         return 0;
     }
 
+    // log2 of the sum of all weights of this warp's row, of all parts.
+    __device__ __forceinline__ float logWeights() const
+    {
+        float most = -INFINITY, total = 0;
+        for (int part = 0; part < step.attend_parts; ++part)
+        {
+            most = fmaxf(most, Partial(step, place, part).states[warp()].x);
+        }
+        for (int part = 0; part < step.attend_parts; ++part)
+        {
+            const float2 state = Partial(step, place, part).states[warp()];
+            total += exp2Fast(state.x - most) * state.y;
+        }
+        return most + log2f(total);
+    }
+
+    // The word of marks for the 16 tokens of a tile of chosen blocks, and where they begin in it.
+    __device__ __forceinline__ uint32_t* marksOf(const AttendedTiles& tiles, int tile, int& shift) const
+    {
+        const int index = tile - (tiles.first << tiles.tilesLog2());
+        shift = index % 2 * kTileRows;
+        return step.marks + place.pair * step.mark_words + index / 2;
+    }
+
     __device__ __forceinline__ void run(const AttendedTiles& tiles, const Partial& partial, char*) const
     {
         const int dims = step.shape.head_dim;
         const Pages pages(step, place.b, place.kv_head);
         float sum[kDims] = {}, largest = -INFINITY, weight = 0;
+        const float all = kPass == Pass::kMarks && row.valid ? logWeights() : 0.0f;
         for (int tile = place.part; tile < tiles.count(); tile += step.attend_parts)
         {
+            uint32_t left = 0xffff; // tokens of the tile that count
+            int shift = 0;
+            if constexpr (kPass == Pass::kMarks || kPass == Pass::kMarked)
+            {
+                if (tiles.isChosen(tile))
+                {
+                    left = kPass == Pass::kMarked ? *marksOf(tiles, tile, shift) >> shift : 0;
+                }
+                else if (kPass == Pass::kMarks)
+                {
+                    continue;
+                }
+            }
             const int token = tiles.token(tile);
             const int64_t first = (static_cast<int64_t>(pages.inPool(token >> step.block_log2)) << step.block_log2)
                 + (token & (step.config.decode_block_k - 1));
@@ -397,6 +447,10 @@ struct AttendPlainly
             {
                 const T* const key = static_cast<const T*>(step.present_key) + (first + i) * dims;
                 const T* const value = static_cast<const T*>(step.present_value) + (first + i) * dims;
+                if (kPass == Pass::kMarked && (left >> i & 1) == 0)
+                {
+                    continue;
+                }
                 float logit = 0;
 #pragma unroll
                 for (int j = 0; j < kDims; ++j)
@@ -405,18 +459,39 @@ struct AttendPlainly
                     logit += d < dims ? query[j] * toFloat(key + d) : 0.0f;
                 }
                 logit = reduceSum(logit);
+                if constexpr (kPass == Pass::kMarks)
+                {
+                    // NaN is not below.
+                    left |= exp2Fast(logit - all) < step.config.value_threshold ? 0u : 1u << i;
+                    continue;
+                }
                 const float most = fmaxf(largest, logit);
                 const float from = most == -INFINITY ? 0.0f : most;
                 const float decay = exp2Fast(largest - from), factor = exp2Fast(logit - from);
                 largest = most;
                 weight = weight * decay + factor;
-#pragma unroll
-                for (int j = 0; j < kDims; ++j)
+                if constexpr (kPass == Pass::kWhole || kPass == Pass::kMarked)
                 {
-                    const int d = j * kLanes + lane();
-                    sum[j] = sum[j] * decay + (d < dims ? factor * toFloat(value + d) : 0.0f);
+#pragma unroll
+                    for (int j = 0; j < kDims; ++j)
+                    {
+                        const int d = j * kLanes + lane();
+                        sum[j] = sum[j] * decay + (d < dims ? factor * toFloat(value + d) : 0.0f);
+                    }
                 }
             }
+            if constexpr (kPass == Pass::kMarks)
+            {
+                uint32_t* const marks = marksOf(tiles, tile, shift);
+                if (lane() == 0 && left != 0)
+                {
+                    atomicOr(marks, left << shift);
+                }
+            }
+        }
+        if constexpr (kPass == Pass::kMarks)
+        {
+            return;
         }
 #pragma unroll
         for (int j = 0; j < kDims; ++j)
@@ -566,6 +641,20 @@ __global__ void __launch_bounds__(kThreads, 1) attendKernel(const __grid_constan
     Attend attend(step, place, sequence);
     waitForEarlierKernels();
     letNextKernelStart();
+    if constexpr (Attend::kPass == Pass::kSums || Attend::kPass == Pass::kMarks)
+    {
+        if (sequence.rows > 0 && !sequence.attendsAll(step))
+        {
+            const AttendedTiles tiles
+                = findAttended(step, place, sequence, searches != 0, reinterpret_cast<uint32_t*>(room), chosen);
+            for (int i = threadIdx.x; Attend::kPass == Pass::kSums && place.writes() && i < step.mark_words; i += kThreads)
+            {
+                step.marks[place.pair * step.mark_words + i] = 0;
+            }
+            attend.run(tiles, Partial(step, place, place.part), room);
+        }
+        return;
+    }
     if (place.part == 0 && sequence.rows < step.shape.new_tokens)
     {
         clearPadding<T>(step, place, sequence);
@@ -615,6 +704,18 @@ cudaError_t launchAttendKernel(Step step, int max_shared_bytes, cudaStream_t str
 template <typename T>
 cudaError_t launchAttend(const Step& step, int max_shared_bytes, cudaStream_t stream)
 {
+    // What is searched can be left out too.
+    if (step.config.value_threshold > 0 && !step.config.dense && step.capacity > step.budget)
+    {
+        cudaError_t error = launchAttendKernel<T, AttendPlainly<T, Pass::kSums>>(step, max_shared_bytes, stream);
+        if (error == cudaSuccess)
+        {
+            error = launchAttendKernel<T, AttendPlainly<T, Pass::kMarks>>(step, max_shared_bytes, stream);
+        }
+        return error == cudaSuccess
+            ? launchAttendKernel<T, AttendPlainly<T, Pass::kMarked>>(step, max_shared_bytes, stream)
+            : error;
+    }
     if constexpr (sizeof(T) == 2)
     {
         const bool one = step.row_group == 8;
@@ -628,7 +729,7 @@ cudaError_t launchAttend(const Step& step, int max_shared_bytes, cudaStream_t st
                        : launchAttendKernel<T, AttendOnTensorCores<T, 128, 2>>(step, max_shared_bytes, stream);
         }
     }
-    return launchAttendKernel<T, AttendPlainly<T>>(step, max_shared_bytes, stream);
+    return launchAttendKernel<T, AttendPlainly<T, Pass::kWhole>>(step, max_shared_bytes, stream);
 }
 
 } // namespace hip_trt::decode

@@ -36,9 +36,10 @@ int log2Of(int value)
     return log2;
 }
 
-bool usesTensorCores(const HipTrtShape& shape)
+// Under a value threshold there are none so far.
+bool usesTensorCores(const HipTrtV2Config& config, const HipTrtShape& shape)
 {
-    return shape.type != HIP_TRT_FLOAT32 && (shape.head_dim == 64 || shape.head_dim == 128);
+    return config.value_threshold == 0 && shape.type != HIP_TRT_FLOAT32 && (shape.head_dim == 64 || shape.head_dim == 128);
 }
 
 // Tokens that a row attends to at most.
@@ -109,7 +110,7 @@ size_t plan(Step& step)
     step.score_stride = (step.capacity + 3) / 4 * 4;
     step.stage_log_sums = step.searched * step.heads_per_mask <= kStagedLogSums;
     step.append_blocks = (shape.new_tokens + 2 * config.decode_block_k - 2) / config.decode_block_k;
-    step.row_group = usesTensorCores(shape) && step.heads_per_mask * shape.new_tokens > 8 ? 16 : 8;
+    step.row_group = usesTensorCores(config, shape) && step.heads_per_mask * shape.new_tokens > 8 ? 16 : 8;
     step.row_groups = static_cast<int>(ceilDivide(static_cast<int64_t>(step.heads_per_mask) * shape.new_tokens, step.row_group));
 
     Arena arena(step.workspace);
@@ -119,6 +120,8 @@ size_t plan(Step& step)
     step.kept = arena.take<int32_t>(pairs * step.searched);
     step.log_sums = arena.take<float>(pairs * step.heads_per_mask * step.searched);
     step.tickets = arena.take<int32_t>(pairs * step.row_groups);
+    step.mark_words = config.value_threshold > 0 ? (step.budget + 2) * config.decode_block_k / 32 + 1 : 0;
+    step.marks = arena.take<uint32_t>(pairs * step.mark_words);
     // As for the most thread blocks, so that a smaller batch, which is split further, needs no more.
     const int64_t rows = (kAttendBlocks + attendPairs(step)) * step.row_group;
     step.partial_state = arena.take<float2>(rows);
@@ -142,8 +145,9 @@ void checkConfig(Complaint& complaint, const HipTrtV2Config& config)
     complaint.multiple("decode_mask_k", config.decode_mask_k, "decode_block_k", config.decode_block_k);
     complaint.multiple("decode_search_k", config.decode_search_k, "decode_block_k", config.decode_block_k);
     complaint.multiple("page_size", config.page_size, "decode_block_k", config.decode_block_k);
-    complaint.require(config.value_threshold == 0, HIP_TRT_UNSUPPORTED,
-        "value_threshold: %g is not supported; it must be 0", static_cast<double>(config.value_threshold));
+    complaint.require(config.value_threshold >= 0 && config.value_threshold < 1, HIP_TRT_INVALID_ARGUMENT,
+        "value_threshold: %g is not allowed; it must be at least 0 and less than 1",
+        static_cast<double>(config.value_threshold));
     complaint.require(complaint.status() != HIP_TRT_SUCCESS || config.decode_search_k / config.decode_block_k <= kMaxSearched,
         HIP_TRT_UNSUPPORTED, "decode_search_k: %d is not supported; it must be at most %d times decode_block_k (%d)",
         config.decode_search_k, kMaxSearched, config.decode_block_k);

@@ -42,6 +42,7 @@ struct Step : HipTrtV2Params
     int stages;         // tiles of keys and values that a warp of the attention has under way
     int row_group;      // rows, of all heads of the mask, that a thread block attends with
     int row_groups;
+    int mark_words; // 0 without a value threshold
     bool overlap; // kernels may start before earlier ones have ended
 
     // The workspace.
@@ -51,6 +52,7 @@ struct Step : HipTrtV2Params
     float* log_sums;       // [B, Hm, heads of the mask, F] second stage, base 2
     int32_t* tickets;      // [B, Hm, row_groups] thread blocks that have attended
     float* partial_output; // [B, Hm, row_groups, attend_parts, row_group, D] weighted sums of values
+    uint32_t* marks;       // [B, Hm, mark_words] a bit for each token of chosen blocks that the value threshold leaves
     float2* partial_state; // [B, Hm, row_groups, attend_parts, row_group] largest logit (base 2), sum of weights
 };
 

@@ -42,7 +42,7 @@ typedef struct HipTrtV2Config
     int32_t window_tokens;
     int32_t mask_per_query_head; /* 0: one mask per key/value head; 1: one per query head */
     int32_t dense;               /* 1: attend to everything; bounds and codes are neither read nor written */
-    float value_threshold;       /* only 0 is supported so far */
+    float value_threshold;       /* 0 to less than 1; above 0 decode takes plainer, slower kernels so far */
     float scale;                 /* factor on q.k */
 } HipTrtV2Config;
 
