@@ -43,6 +43,13 @@ struct Partial
         output = step.partial_output + index * step.row_group * step.shape.head_dim;
         states = step.partial_state + index * step.row_group;
     }
+
+    // Of a row, as another thread block left it.
+    __device__ __forceinline__ float2 state(int row) const
+    {
+        const unsigned long long both = loadCurrent(reinterpret_cast<const unsigned long long*>(states + row));
+        return make_float2(__uint_as_float(static_cast<uint32_t>(both)), __uint_as_float(static_cast<uint32_t>(both >> 32)));
+    }
 };
 
 // On tensor cores. With g = lane / 4 and t = lane % 4: logits are products of 16 tokens (rows) and 8 query rows (columns),
@@ -364,6 +371,7 @@ template <typename T, Pass kOfPass>
 struct AttendPlainly
 {
     static constexpr Pass kPass = kOfPass;
+    static constexpr bool kAttends = kPass == Pass::kWhole || kPass == Pass::kMarked;
     static constexpr int kRows = kWarps;
     static constexpr int kDims = 8; // of a lane: head_dim is at most 256
 
@@ -401,11 +409,11 @@ struct AttendPlainly
         float most = -INFINITY, total = 0;
         for (int part = 0; part < step.attend_parts; ++part)
         {
-            most = fmaxf(most, Partial(step, place, part).states[warp()].x);
+            most = fmaxf(most, Partial(step, place, part).state(warp()).x);
         }
         for (int part = 0; part < step.attend_parts; ++part)
         {
-            const float2 state = Partial(step, place, part).states[warp()];
+            const float2 state = Partial(step, place, part).state(warp());
             total += exp2Fast(state.x - most) * state.y;
         }
         return most + log2f(total);
@@ -433,7 +441,8 @@ struct AttendPlainly
             {
                 if (tiles.isChosen(tile))
                 {
-                    left = kPass == Pass::kMarked ? *marksOf(tiles, tile, shift) >> shift : 0;
+                    const int32_t* const marks = reinterpret_cast<const int32_t*>(marksOf(tiles, tile, shift));
+                    left = kPass == Pass::kMarked ? static_cast<uint32_t>(loadCurrent(marks)) >> shift : 0;
                 }
                 else if (kPass == Pass::kMarks)
                 {
@@ -470,7 +479,7 @@ struct AttendPlainly
                 const float decay = exp2Fast(largest - from), factor = exp2Fast(logit - from);
                 largest = most;
                 weight = weight * decay + factor;
-                if constexpr (kPass == Pass::kWhole || kPass == Pass::kMarked)
+                if constexpr (kAttends)
                 {
 #pragma unroll
                     for (int j = 0; j < kDims; ++j)
@@ -489,20 +498,19 @@ struct AttendPlainly
                 }
             }
         }
-        if constexpr (kPass == Pass::kMarks)
+        if constexpr (kAttends)
         {
-            return;
-        }
 #pragma unroll
-        for (int j = 0; j < kDims; ++j)
-        {
-            const int d = j * kLanes + lane();
-            if (d < dims)
+            for (int j = 0; j < kDims; ++j)
             {
-                partial.output[warp() * dims + d] = sum[j];
+                const int d = j * kLanes + lane();
+                if (d < dims)
+                {
+                    partial.output[warp() * dims + d] = sum[j];
+                }
             }
         }
-        if (lane() == 0)
+        if (kPass != Pass::kMarks && lane() == 0)
         {
             partial.states[warp()] = make_float2(largest, weight);
         }
@@ -523,10 +531,7 @@ __device__ inline void findFactors(const Step& step, const AttendPlace& place, f
             states[i] = make_float2(-INFINITY, 0);
             if (part < step.attend_parts)
             {
-                const unsigned long long state = loadCurrent(
-                    reinterpret_cast<const unsigned long long*>(Partial(step, place, part).states + row));
-                states[i] = make_float2(__uint_as_float(static_cast<uint32_t>(state)),
-                    __uint_as_float(static_cast<uint32_t>(state >> 32)));
+                states[i] = Partial(step, place, part).state(row);
             }
             most = fmaxf(most, states[i].x);
         }
