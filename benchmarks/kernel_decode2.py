@@ -1,6 +1,6 @@
 """Speed of one layer's decode call of version 2, beside dense attention.
 
-    PYTHONPATH=. python benchmarks/kernel_decode2.py --library libhip_decode.so [--cases 128k 32k/16] [--profile]
+    PYTHONPATH=. python benchmarks/kernel_decode2.py --library LIBRARY [--cases 128k 32k/16] [--profile]
 
 Llama-3.1-8B geometry (32 query heads, 8 key/value heads, head size 128), bfloat16, random normal data, the contract's
 defaults (docs/decode_version_2.md). Microseconds per call inside a replayed CUDA graph, medians over replays, over the
@@ -8,10 +8,10 @@ caches of several layers in turn, so that none is in the L2 cache by the time it
 float64 before anything is timed. "Of the limit": the bytes that the contract makes a call read at what a device copy
 reaches, over the time measured. Prints a table last and writes kernel_decode2.json.
 
-A library of these kernels alone is one command:
+LIBRARY is the plugin library of an installed hip-trt, or, without TensorRT's headers, what one command makes:
 
     nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -shared -Xcompiler -fPIC -Iplugins/cuda \\
-        plugins/cuda/hip_decode.cu plugins/cuda/decode_{plan,float16,bfloat16,float32}.cu -o libhip_decode.so
+        -DHIP_TRT_VERSION='"none"' $(ls plugins/cuda/*.cu | grep -v 'sm90\\|tensor_map') -o libhip_trt_kernels.so
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--library", required=True, help="file with the entry points of hip_decode.h")
+    parser.add_argument("--library", required=True, help="file with the entry points of hip_attention_v2.h")
     parser.add_argument("--cases", nargs="+", default=CASES, help="tokens, and batch after a slash: 128k/16")
     parser.add_argument("--seconds", type=float, default=300, help="after so many no new case is begun")
     parser.add_argument("--rows", type=int, default=1, help="new rows of a sequence")

@@ -6,25 +6,24 @@ float32 arithmetic inside. TensorRT prefers such a function to a plugin of the s
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 from onnxscript import OpBuilder, build_function
 
 from hip_trt.errors import ExportError
-from hip_trt.export.function_attention import Attention
+from hip_trt.export.function_attention import Attention, all_query_blocks
 from hip_trt.export.function_cache import Pages, append, new_rows
 from hip_trt.export.function_ops import (
-    FLOAT,
     INT64,
     Value,
     arange,
     arithmetic,
     attribute,
-    ceil_div,
     dim,
-    shape,
     subgraph,
     tensor,
 )
@@ -37,16 +36,29 @@ OPSET_VERSIONS = range(18, 24)
 
 @cache
 def _function_bytes(opset_version: int) -> bytes:
-    integers = {"page_table", "past_lengths", "query_lengths", "past_nodes", "refresh_mask"}
-    inputs = [ir.val(name, ir.DataType.INT32 if name in integers else None) for name in INPUTS]
     kinds = dict.fromkeys(INT_ATTRIBUTES, ir.AttributeType.INT)
     kinds |= {"mask_heads": ir.AttributeType.STRING, "scale": ir.AttributeType.FLOAT}
+    return traced(
+        _trace, INPUTS, OUTPUTS, kinds, opset_version,
+        integers={"page_table", "past_lengths", "query_lengths", "past_nodes", "refresh_mask"},
+    )
+
+
+def traced(
+    trace: Callable[..., Any], inputs: Sequence[str], outputs: Sequence[str], attributes: dict[str, ir.AttributeType],
+    opset_version: int, *, integers: set[str],
+) -> bytes:
+    """The operator's function body, serialized, from the function that traces it.
+
+    Args:
+        integers: inputs that are int32.
+    """
     function = build_function(
-        _trace, inputs, domain=DOMAIN, name=OP_TYPE,
-        attributes=[ir.Attr(name, kind, None) for name, kind in kinds.items()],
+        trace, [ir.val(name, ir.DataType.INT32 if name in integers else None) for name in inputs],
+        domain=DOMAIN, name=OP_TYPE, attributes=[ir.Attr(name, kind, None) for name, kind in attributes.items()],
         opset_imports={"": opset_version},
     )
-    for value, name in zip(function.outputs, OUTPUTS, strict=True):
+    for value, name in zip(function.outputs, outputs, strict=True):
         value.name = name
     proto = ir.serde.serialize_function(function)
     proto.doc_string = "Hierarchically pruned attention (arXiv 2406.09827) with a paged KV cache."
@@ -121,11 +133,11 @@ def _trace(
     with arithmetic(op):
         attributes = {name: attribute(op, name) for name in INT_ATTRIBUTES}
         scale = attribute(op, "scale", ir.AttributeType.FLOAT)
-        block_q, block_k, page_size = (attributes[name] for name in ("block_q", "block_k", "page_size"))
+        block_k, page_size = attributes["block_k"], attributes["page_size"]
         past_lengths, query_lengths = op.Cast(past_lengths, to=INT64), op.Cast(query_lengths, to=INT64)
         nodes, table = op.Cast(past_nodes, to=INT64), op.Cast(page_table, to=INT64)
 
-        batch, query_heads, new_tokens, head_dim = (dim(op, query, axis) for axis in range(4))
+        query_heads, new_tokens, head_dim = (dim(op, query, axis) for axis in (1, 2, 3))
         kv_heads, mask_heads, slots = dim(op, key, 1), dim(op, past_nodes, 1), dim(op, page_table, 1)
         heads_per_mask = query_heads / mask_heads
 
@@ -146,24 +158,7 @@ def _trace(
             levels=tree_levels(op, attributes["branch"], attributes["leaf_branch"]),
         )
 
-        width = op.Min(block_q, new_tokens)
-        count = ceil_div(new_tokens, width)
-        padding = op.Reshape(count * width - new_tokens, [1])
-        padded = op.Pad(op.Cast(query, to=FLOAT), op.Concat([0], padding, axis=0), None, [2])
-        split = shape(op, batch, mask_heads, heads_per_mask, count, width, head_dim)
-        query_blocks = op.Transpose(op.Reshape(padded, split), perm=[3, 0, 1, 2, 4, 5])
-        outputs, kept = op.Scan(
-            arange(op, count), query_blocks, num_scan_inputs=2, _outputs=2,
-            body=subgraph(
-                op, "query_block", attention.query_block,
-                [tensor("index", INT64, 0), tensor("queries", FLOAT, 5)],
-                [tensor("attended", FLOAT, 5), tensor("kept", INT64, 3)],
-            ),
-        )  # [count, B, Hm, G, width, D], [count, B, Hm, K]
-        outputs = op.Transpose(outputs, perm=[1, 2, 3, 0, 4, 5])
-        outputs = op.Reshape(outputs, shape(op, batch, query_heads, -1, head_dim))
-        output = op.CastLike(op.Slice(outputs, [0], op.Reshape(new_tokens, [1]), [2]), query)
-
+        output, kept = all_query_blocks(op, query, attention, mask_heads)
         kept = op.If(
             decode,
             then_branch=subgraph(

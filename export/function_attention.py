@@ -8,7 +8,18 @@ from dataclasses import dataclass
 from onnxscript import OpBuilder
 
 from hip_trt.export.function_cache import Pages
-from hip_trt.export.function_ops import FLOAT, INT64, Value, arange, ceil_div, dim, typed
+from hip_trt.export.function_ops import (
+    FLOAT,
+    INT64,
+    Value,
+    arange,
+    ceil_div,
+    dim,
+    shape,
+    subgraph,
+    tensor,
+    typed,
+)
 from hip_trt.export.function_search import Candidates, Levels, Search, sampled_queries
 
 
@@ -102,6 +113,36 @@ class Attention:
         return op.Where(op.Less(j, count), blocks, -1)
 
 
+def all_query_blocks(op: OpBuilder, query: Value, attention: Attention, mask_heads: Value) -> tuple[Value, Value]:
+    """Attention of every query block, one after another.
+
+    Args:
+        query: [B, Hq, S, D] T.
+        mask_heads: scalar.
+
+    Returns:
+        [B, Hq, S, D] T, and what the search of each query block kept, [count, B, Hm, K].
+    """
+    batch, query_heads, new_tokens, head_dim = (dim(op, query, axis) for axis in range(4))
+    width = op.Min(attention.attributes["block_q"], new_tokens)
+    count = ceil_div(new_tokens, width)
+    padding = op.Reshape(count * width - new_tokens, [1])
+    padded = op.Pad(op.Cast(query, to=FLOAT), op.Concat([0], padding, axis=0), None, [2])
+    split = shape(op, batch, mask_heads, query_heads / mask_heads, count, width, head_dim)
+    query_blocks = op.Transpose(op.Reshape(padded, split), perm=[3, 0, 1, 2, 4, 5])
+    outputs, kept = op.Scan(
+        arange(op, count), query_blocks, num_scan_inputs=2, _outputs=2,
+        body=subgraph(
+            op, "query_block", attention.query_block,
+            [tensor("index", INT64, 0), tensor("queries", FLOAT, 5)],
+            [tensor("attended", FLOAT, 5), tensor("kept", INT64, 3)],
+        ),
+    )  # [count, B, Hm, G, width, D], [count, B, Hm, K]
+    outputs = op.Transpose(outputs, perm=[1, 2, 3, 0, 4, 5])
+    outputs = op.Reshape(outputs, shape(op, batch, query_heads, -1, head_dim))
+    return op.CastLike(op.Slice(outputs, [0], op.Reshape(new_tokens, [1]), [2]), query), kept
+
+
 def attend(
     op: OpBuilder, queries: Value, blocks: Value, p_first: Value, p_last: Value, *, scale: Value, keys: Value,
     values: Value, pages: Pages, leave_out: Callable[[OpBuilder, Value], Value] | None = None,
@@ -130,15 +171,15 @@ def attend(
 
     positions = op.Reshape(op.Where(there, start + inside, 2**62), [0, 0, 1, -1])  # [B, Hm, 1, N * block_k]
     row = op.Unsqueeze(p_first, [1]) + arange(op, dim(op, queries, 3))
-    visible = op.LessOrEqual(positions, op.Unsqueeze(row, [1, 3]))
-    bias = op.Where(visible, 0.0, float("-inf"))  # [B, Hm, R, N * block_k]
+    visible = op.LessOrEqual(positions, op.Unsqueeze(row, [1, 3]))  # [B, Hm, R, N * block_k]
 
-    # The query heads of a mask head are rows of one product; only the bias tells them apart.
+    # The query heads of a mask head are rows of one product; only the mask tells them apart.
     grouped = typed(op.Shape(queries), INT64)
     queries = op.Reshape(queries * scale, op.Concat([0, 0, -1], op.Slice(grouped, [4], [5]), axis=0))
     logits = op.MatMul(queries, op.Transpose(keys, perm=[0, 1, 3, 2]))
     logits = op.Reshape(logits, op.Concat(op.Slice(grouped, [0], [4]), [-1], axis=0))
-    logits = logits + op.Unsqueeze(bias, [2])
+    # Not by adding -inf, which a NaN key after the row would outlast.
+    logits = typed(op.Where(op.Unsqueeze(visible, [2]), typed(logits, FLOAT), float("-inf")), FLOAT)
     weights = op.Softmax(leave_out(op, logits) if leave_out else logits, axis=-1)
     weights = op.Reshape(weights, op.Concat([0, 0, -1], typed(op.Shape(weights, start=4), INT64), axis=0))
     return typed(op.Reshape(op.MatMul(weights, values), grouped), FLOAT)

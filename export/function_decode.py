@@ -1,7 +1,7 @@
 """The decode call of the operator's next version in the ONNX function: see :mod:`hip_trt.reference.decode`.
 
 All sequences and mask heads search together. A search reads the bounds of all candidates and the codes of F blocks.
-Only tests run it so far: the operator's function (:mod:`hip_trt.export.function`) still decodes as version 1 does.
+:mod:`hip_trt.export.function_v2` is the whole operator.
 """
 
 from __future__ import annotations
@@ -49,39 +49,84 @@ def decode_call(
     with arithmetic(op):
         attributes = {name: attribute(op, name) for name in INT_ATTRIBUTES}
         scale, threshold = (attribute(op, name, ir.AttributeType.FLOAT) for name in FLOAT_ATTRIBUTES)
-        block, page_size = attributes["decode_block_k"], attributes["page_size"]
-        past_lengths, query_lengths = op.Cast(past_lengths, to=INT64), op.Cast(query_lengths, to=INT64)
-        blocks, table = typed(op.Cast(past_blocks, to=INT64), INT64), op.Cast(page_table, to=INT64)
-        query_heads, new_tokens, head_dim = (dim(op, query, axis) for axis in (1, 2, 3))
-        kv_heads, mask_heads = dim(op, key, 1), dim(op, past_blocks, 1)
-        heads_per_mask = query_heads / mask_heads
-
-        rows = new_rows(op, table, past_lengths, query_lengths, new_tokens=new_tokens, kv_heads=kv_heads,
-                        page_size=page_size)
-        present_key, present_value = append(op, past_key, key, rows), append(op, past_value, value, rows)
-        present_bounds, present_codes = write_state(
-            op, present_key, past_bounds, past_codes, table, past_lengths, query_lengths, new_tokens=new_tokens,
-            page_size=page_size, block=block, dense=attributes["dense"],
+        call = begin_call(
+            op, key, value, past_key, past_value, page_table, past_lengths, query_lengths, past_bounds, past_codes,
+            past_blocks, attributes,
         )
-
-        kv_head = arange(op, mask_heads) * heads_per_mask / (query_heads / kv_heads)
-        decode = Decode(
-            sink_tokens=attributes["sink_tokens"], window_tokens=attributes["window_tokens"],
-            chosen=attributes["decode_mask_k"] / block, searched=attributes["decode_search_k"] / block,
-            dense=attributes["dense"], scale=scale, threshold=threshold,
-            past_lengths=past_lengths, query_lengths=query_lengths,
-            keys=_flat(op, present_key, head_dim), values=_flat(op, present_value, head_dim),
-            bounds=_flat(op, present_bounds, head_dim * 2), codes=_flat(op, present_codes, dim(op, past_codes, 3)),
-            pages=Pages(table, dim(op, table, 1), op.Unsqueeze(kv_head, [0, 2]), kv_heads, page_size, block),
-        )
-        split = shape(op, 0, mask_heads, heads_per_mask, new_tokens, head_dim)
-        queries = typed(op.Reshape(op.Cast(query, to=FLOAT), split), FLOAT)
-        output, kept = decode.run(op, queries, blocks, op.Cast(refresh_mask, to=INT64))
-        output = op.CastLike(op.Reshape(output, op.Shape(query)), query)
-        return output, present_key, present_value, present_bounds, present_codes, op.CastLike(kept, past_blocks)
+        output, kept = attend_call(op, query, call, refresh_mask, attributes, scale, threshold)
+        return output, *call.present, op.CastLike(kept, past_blocks)
 
 
-def _flat(op: OpBuilder, pool: Value, width: Value) -> Value:
+@dataclass(frozen=True)
+class StartedCall:
+    """A call of version 2 whose new rows, bounds and codes are written.
+
+    Attributes:
+        table: [B, M].
+        past_lengths, query_lengths: [B].
+        past_blocks: [B, Hm, K].
+        present: present_key, present_value, present_bounds and present_codes.
+        mask_heads, kv_heads: scalars.
+    """
+
+    table: Value
+    past_lengths: Value
+    query_lengths: Value
+    past_blocks: Value
+    present: tuple[Value, Value, Value, Value]
+    mask_heads: Value
+    kv_heads: Value
+
+    def pages(self, op: OpBuilder, query: Value, page_size: Value, block: Value) -> Pages:
+        """Where blocks of this size are in the pools."""
+        heads_per_mask, group = dim(op, query, 1) / self.mask_heads, dim(op, query, 1) / self.kv_heads
+        kv_head = arange(op, self.mask_heads) * heads_per_mask / group
+        return Pages(self.table, dim(op, self.table, 1), op.Unsqueeze(kv_head, [0, 2]), self.kv_heads, page_size, block)
+
+
+def begin_call(
+    op: OpBuilder, key: Value, value: Value, past_key: Value, past_value: Value, page_table: Value,
+    past_lengths: Value, query_lengths: Value, past_bounds: Value, past_codes: Value, past_blocks: Value,
+    attributes: dict[str, Value],
+) -> StartedCall:
+    """What both kinds of call begin with; arguments are inputs of the operator, and all of its attributes."""
+    past_lengths, query_lengths = op.Cast(past_lengths, to=INT64), op.Cast(query_lengths, to=INT64)
+    blocks, table = typed(op.Cast(past_blocks, to=INT64), INT64), op.Cast(page_table, to=INT64)
+    kv_heads, new_tokens, page_size = dim(op, key, 1), dim(op, key, 2), attributes["page_size"]
+    rows = new_rows(op, table, past_lengths, query_lengths, new_tokens=new_tokens, kv_heads=kv_heads,
+                    page_size=page_size)
+    present_key, present_value = append(op, past_key, key, rows), append(op, past_value, value, rows)
+    bounds, codes = write_state(
+        op, present_key, past_bounds, past_codes, table, past_lengths, query_lengths, new_tokens=new_tokens,
+        page_size=page_size, block=attributes["decode_block_k"], dense=attributes["dense"],
+    )
+    return StartedCall(table, past_lengths, query_lengths, blocks, (present_key, present_value, bounds, codes),
+                       dim(op, past_blocks, 1), kv_heads)
+
+
+def attend_call(
+    op: OpBuilder, query: Value, call: StartedCall, refresh_mask: Value, attributes: dict[str, Value], scale: Value,
+    threshold: Value,
+) -> tuple[Value, Value]:
+    """A decode call's output, [B, Hq, S, D] T, and present_blocks, [B, Hm, K]."""
+    block, (key, value, bounds, codes) = attributes["decode_block_k"], call.present
+    query_heads, new_tokens, head_dim = (dim(op, query, axis) for axis in (1, 2, 3))
+    decode = Decode(
+        sink_tokens=attributes["sink_tokens"], window_tokens=attributes["window_tokens"],
+        chosen=attributes["decode_mask_k"] / block, searched=attributes["decode_search_k"] / block,
+        dense=attributes["dense"], scale=scale, threshold=threshold,
+        past_lengths=call.past_lengths, query_lengths=call.query_lengths,
+        keys=flat(op, key, head_dim), values=flat(op, value, head_dim),
+        bounds=flat(op, bounds, head_dim * 2), codes=flat(op, codes, dim(op, codes, 3)),
+        pages=call.pages(op, query, attributes["page_size"], block),
+    )
+    split = shape(op, 0, call.mask_heads, query_heads / call.mask_heads, new_tokens, head_dim)
+    queries = typed(op.Reshape(op.Cast(query, to=FLOAT), split), FLOAT)
+    output, kept = decode.run(op, queries, call.past_blocks, op.Cast(refresh_mask, to=INT64))
+    return op.CastLike(op.Reshape(output, op.Shape(query)), query), kept
+
+
+def flat(op: OpBuilder, pool: Value, width: Value) -> Value:
     """A pool as rows of this width."""
     return op.Reshape(pool, op.Concat([-1], op.Reshape(width, [1]), axis=0))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,6 +28,7 @@ class HipConfig(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    _in_key_blocks: ClassVar[tuple[str, ...]] = ("mask_k", "decode_mask_k", "page_size")
 
     mask_k: int = Field(
         1024, ge=1, le=1 << 22,
@@ -100,39 +101,32 @@ class HipConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> HipConfig:
-        def require(ok: bool, field: str, allowed: str) -> None:
-            if not ok:
-                raise PydanticCustomError(
-                    "hip_config", "{field}: {value} is not allowed; it must be {allowed}",
-                    {"field": field, "value": repr(getattr(self, field)), "allowed": allowed},
-                )
-
         for field in ("block_q", "block_k"):
             value = getattr(self, field)
-            require(value & (value - 1) == 0, field, "a power of two")
-        require(self.block_q % self.stride_q == 0, "stride_q", f"a divisor of block_q ({self.block_q})")
-        require(self.block_k % self.stride_k == 0, "stride_k", f"a divisor of block_k ({self.block_k})")
-        for field in ("mask_k", "decode_mask_k", "page_size"):
-            require(getattr(self, field) % self.block_k == 0, field, f"a multiple of block_k ({self.block_k})")
+            require(self, value & (value - 1) == 0, field, "a power of two")
+        require(self, self.block_q % self.stride_q == 0, "stride_q", f"a divisor of block_q ({self.block_q})")
+        require(self, self.block_k % self.stride_k == 0, "stride_k", f"a divisor of block_k ({self.block_k})")
+        for field in self._in_key_blocks:
+            require(self, getattr(self, field) % self.block_k == 0, field, f"a multiple of block_k ({self.block_k})")
         layers = self.dense_layers
         require(
-            all(layer >= 0 for layer in layers) and list(layers) == sorted(set(layers)), "dense_layers",
+            self, all(layer >= 0 for layer in layers) and list(layers) == sorted(set(layers)), "dense_layers",
             "distinct layer indices of 0 or more, in ascending order",
         )
         return self
 
     @classmethod
-    def create(cls, **fields: Any) -> HipConfig:
+    def create(cls, **fields: Any) -> Self:
         """Validate fields; unlike the constructor, a bad value raises :class:`ConfigError`, one line per field."""
         if isinstance(fields.get("dense_layers"), list):
             fields["dense_layers"] = tuple(fields["dense_layers"])
         try:
             return cls(**fields)
         except ValidationError as error:
-            raise ConfigError("; ".join(_explain(item) for item in error.errors())) from None
+            raise ConfigError("; ".join(_explain(item, cls) for item in error.errors())) from None
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> HipConfig:
+    def from_yaml(cls, path: str | Path) -> Self:
         """Read a YAML file of field names and values; absent fields take their defaults."""
         try:
             fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -153,7 +147,7 @@ class HipConfig(BaseModel):
         """All fields as YAML text that :meth:`from_yaml` reads back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
-    def replace(self, **fields: Any) -> HipConfig:
+    def replace(self, **fields: Any) -> Self:
         """A copy with some fields changed, validated again."""
         return self.create(**{**self.model_dump(), **fields})
 
@@ -172,23 +166,36 @@ class HipConfig(BaseModel):
         return num_key_value_heads if self.mask_heads == "kv" else num_attention_heads
 
 
-def _explain(item: Any) -> str:
+def require(config: HipConfig, ok: bool, field: str, allowed: str) -> None:
+    """Refuse a field of a configuration, from a validator."""
+    if not ok:
+        raise PydanticCustomError(
+            "hip_config", "{field}: {value} is not allowed; it must be {allowed}",
+            {"field": field, "value": repr(getattr(config, field)), "allowed": allowed},
+        )
+
+
+def _explain(item: Any, config: type[HipConfig]) -> str:
     """One pydantic error as 'field: value is not allowed; it must be ...'."""
     if item["type"] == "hip_config":
         return str(item["msg"])
     field = ".".join(str(part) for part in item["loc"])
     value, context = repr(item["input"]), item.get("ctx", {})
     if item["type"] == "extra_forbidden":
-        return f"{field}: no such field; the fields are {', '.join(HipConfig.model_fields)}"
+        return f"{field}: no such field; the fields are {', '.join(config.model_fields)}"
     match item["type"]:
         case "greater_than_equal":
             allowed = f"at least {context['ge']}"
         case "less_than_equal":
             allowed = f"at most {context['le']}"
+        case "less_than":
+            allowed = f"less than {context['lt']:g}"
         case "literal_error":
             allowed = context["expected"]
         case "int_type":
             allowed = "a whole number"
+        case "float_type" | "finite_number":
+            allowed = "a number"
         case "tuple_type":
             allowed = "a list of layer indices"
         case _:

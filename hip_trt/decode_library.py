@@ -1,7 +1,7 @@
-"""The C ABI of decode, version 2 (plugins/cuda/hip_decode.h), by ctypes on PyTorch tensors.
+"""The C ABI of version 2 (plugins/cuda/hip_attention_v2.h), by ctypes on PyTorch tensors.
 
-It stands alone, so that a benchmark can load this file on a machine without the package. :mod:`hip_trt.library` will
-take it in when version 2 replaces version 1.
+:class:`hip_trt.library.Library` is the way to it for everyone else; :class:`DecodeLibrary` calls it as bare as it is,
+for tests and benchmarks of the decode kernels.
 """
 
 from __future__ import annotations
@@ -9,30 +9,25 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+from hip_trt.operator import DECODE, INPUTS_V2, OUTPUTS_V2, PREFILL
+
+TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+"""HipTrtDataType."""
 _STATUS = ("success", "invalid argument", "unsupported", "workspace too small", "CUDA error")
-INPUTS = (
-    "query", "key", "value", "past_key", "past_value", "past_bounds", "past_codes", "page_table", "past_lengths",
-    "query_lengths", "past_blocks", "refresh_mask",
-)
-OUTPUTS = ("output", "present_key", "present_value", "present_bounds", "present_codes", "present_blocks")
-STATE = ("key", "value", "bounds", "codes")
+INPUTS = INPUTS_V2[:-1]
+"""All that are tensors to the library; of call_kind it takes the size."""
+ANY_CALL = 0
+"""HIP_TRT_ANY_CALL; the other kinds are sizes of call_kind."""
 
 
-class _Config(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int32) for name in (
-            "mask_k", "search_k", "block", "page_size", "sink_tokens", "window_tokens", "mask_per_query_head", "dense",
-        )),
-        ("value_threshold", ctypes.c_float), ("scale", ctypes.c_float),
-    ]
+class ShapeStruct(ctypes.Structure):
+    """HipTrtShape."""
 
-
-class _Shape(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int32) for name in (
             "type", "batch", "new_tokens", "num_query_heads", "num_kv_heads", "head_dim", "num_pages",
@@ -41,12 +36,37 @@ class _Shape(ctypes.Structure):
     ]
 
 
-class _Params(ctypes.Structure):
+class ConfigV2Struct(ctypes.Structure):
+    """HipTrtV2Config."""
+
     _fields_ = [
-        ("config", _Config), ("shape", _Shape),
-        *((name, ctypes.c_void_p) for name in (*INPUTS, *OUTPUTS, "workspace")),
+        *((name, ctypes.c_int32) for name in (
+            "mask_k", "block_q", "block_k", "stride_q", "stride_k", "branch", "leaf_branch", "decode_mask_k",
+            "decode_search_k", "decode_block_k", "page_size", "sink_tokens", "window_tokens", "mask_per_query_head",
+            "dense",
+        )),
+        ("value_threshold", ctypes.c_float), ("scale", ctypes.c_float),
+    ]
+
+
+class ParamsV2Struct(ctypes.Structure):
+    """HipTrtV2Params."""
+
+    _fields_ = [
+        ("config", ConfigV2Struct), ("shape", ShapeStruct), ("call_kind", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in (*INPUTS, *OUTPUTS_V2, "chosen_blocks", "workspace")),
         ("workspace_size", ctypes.c_size_t),
     ]
+
+
+FUNCTIONS_V2: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+    ("hipTrtV2Validate", ctypes.c_int, (
+        ctypes.POINTER(ConfigV2Struct), ctypes.POINTER(ShapeStruct), ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t)),
+    ("hipTrtV2WorkspaceSize", ctypes.c_int, (
+        ctypes.POINTER(ConfigV2Struct), ctypes.POINTER(ShapeStruct), ctypes.c_int, ctypes.POINTER(ctypes.c_size_t))),
+    ("hipTrtV2Attention", ctypes.c_int, (ctypes.POINTER(ParamsV2Struct), ctypes.c_void_p)),
+)
+"""Name, result and arguments of each."""
 
 
 class DecodeError(Exception):
@@ -55,7 +75,7 @@ class DecodeError(Exception):
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """HipTrtDecodeConfig; the defaults are those of docs/decode_version_2.md."""
+    """What of HipTrtV2Config counts for decode; the defaults are those of docs/decode_version_2.md."""
 
     mask_k: int = 8192
     search_k: int = 32768
@@ -68,13 +88,16 @@ class DecodeSettings:
     value_threshold: float = 0.0
     scale: float = 1.0
 
-    def struct(self) -> _Config:
+    def struct(self) -> ConfigV2Struct:
         """As the library takes it."""
-        return _Config(*(getattr(self, field[0]) for field in _Config._fields_))
+        fields = dict(vars(self))
+        decode = {f"decode_{name}": fields.pop(field)
+                  for name, field in (("mask_k", "mask_k"), ("search_k", "search_k"), ("block_k", "block"))}
+        return ConfigV2Struct(**decode, **fields)
 
 
 class DecodeLibrary:
-    """A library with the entry points of hip_decode.h.
+    """A library with the entry points of hip_attention_v2.h.
 
     Args:
         path: of the library file.
@@ -83,13 +106,9 @@ class DecodeLibrary:
     def __init__(self, path: str | Path) -> None:
         self._functions = ctypes.CDLL(str(path))
         for name, result, arguments in (
-            ("hipTrtDecodeValidate", ctypes.c_int, (
-                ctypes.POINTER(_Config), ctypes.POINTER(_Shape), ctypes.c_char_p, ctypes.c_size_t)),
-            ("hipTrtDecodeWorkspace", ctypes.c_int, (
-                ctypes.POINTER(_Config), ctypes.POINTER(_Shape), ctypes.POINTER(ctypes.c_size_t))),
-            ("hipTrtDecode", ctypes.c_int, (ctypes.POINTER(_Params), ctypes.c_void_p)),
-            ("hipTrtDecodeAppend", ctypes.c_int, (ctypes.POINTER(_Params), ctypes.c_void_p)),
-            ("hipTrtDecodeLastCudaError", ctypes.c_char_p, ()),
+            *FUNCTIONS_V2,
+            ("hipTrtV2Append", ctypes.c_int, (ctypes.POINTER(ParamsV2Struct), ctypes.c_void_p)),
+            ("hipTrtLastCudaError", ctypes.c_char_p, ()),
         ):
             function = getattr(self._functions, name)
             function.restype, function.argtypes = result, arguments
@@ -101,42 +120,43 @@ class DecodeLibrary:
             DecodeError: naming the field, its value and what is allowed.
         """
         message = ctypes.create_string_buffer(512)
-        if self._functions.hipTrtDecodeValidate(settings.struct(), _Shape(**shape), message, len(message)) != 0:
+        arguments = settings.struct(), ShapeStruct(**shape), DECODE, message, len(message)
+        if self._functions.hipTrtV2Validate(*arguments) != 0:
             raise DecodeError(message.value.decode())
 
     def workspace_size(self, settings: DecodeSettings, query: Tensor, past_key: Tensor, page_table: Tensor) -> int:
         """Bytes that a call on such tensors needs."""
         size = ctypes.c_size_t()
         shape = _shape(query, past_key, page_table)
-        self._check(self._functions.hipTrtDecodeWorkspace(settings.struct(), shape, size), settings, shape)
+        self._check(self._functions.hipTrtV2WorkspaceSize(settings.struct(), shape, DECODE, size), settings, shape)
         return size.value
 
     def decode(self, tensors: dict[str, Tensor], settings: DecodeSettings, workspace: Tensor, stream: int = 0) -> None:
-        """Launch a decode call. ``tensors``: all of INPUTS and OUTPUTS, contiguous, on the library's device."""
+        """Launch a decode call. ``tensors``: all of INPUTS and OUTPUTS_V2, contiguous, on the library's device."""
         shape = _shape(tensors["query"], tensors["past_key"], tensors["page_table"])
-        params = _Params(
-            config=settings.struct(), shape=shape, workspace=workspace.data_ptr(), workspace_size=workspace.nbytes,
-            **{name: tensors[name].data_ptr() for name in (*INPUTS, *OUTPUTS)},
+        params = ParamsV2Struct(
+            config=settings.struct(), shape=shape, call_kind=DECODE, workspace=workspace.data_ptr(),
+            workspace_size=workspace.nbytes, **{name: tensors[name].data_ptr() for name in (*INPUTS, *OUTPUTS_V2)},
         )
-        self._check(self._functions.hipTrtDecode(params, stream), settings, shape)
+        self._check(self._functions.hipTrtV2Attention(params, stream), settings, shape)
 
     def append(self, tensors: dict[str, Tensor], settings: DecodeSettings, stream: int = 0) -> None:
-        """Launch the append of a prompt's chunk. ``tensors``: as :meth:`decode`, as far as state is concerned."""
+        """Launch what a prefill does to the state. ``tensors``: as :meth:`decode`, as far as state is concerned."""
         shape = _shape(tensors["key"], tensors["past_key"], tensors["page_table"])
-        params = _Params(config=settings.struct(), shape=shape, **{
-            name: tensors[name].data_ptr() for name in (*INPUTS, *OUTPUTS) if name in tensors
+        params = ParamsV2Struct(config=settings.struct(), shape=shape, call_kind=PREFILL, **{
+            name: tensors[name].data_ptr() for name in (*INPUTS, *OUTPUTS_V2) if name in tensors
         })
-        self._check(self._functions.hipTrtDecodeAppend(params, stream), settings, shape)
+        self._check(self._functions.hipTrtV2Append(params, stream), settings, shape)
 
-    def _check(self, status: int, settings: DecodeSettings, shape: _Shape) -> None:
+    def _check(self, status: int, settings: DecodeSettings, shape: ShapeStruct) -> None:
         if status != 0:
-            names = [field[0] for field in _Shape._fields_ if field[0] != "new_tokens"]
+            names = [field[0] for field in ShapeStruct._fields_ if field[0] != "new_tokens"]
             self.validate(settings, {name: getattr(shape, name) for name in names})
-            error = self._functions.hipTrtDecodeLastCudaError().decode() if status == 4 else ""
+            error = self._functions.hipTrtLastCudaError().decode() if status == 4 else ""
             raise DecodeError(f"{_STATUS[status]} {error}".strip())
 
 
-def _shape(query: Tensor, past_key: Tensor, page_table: Tensor) -> _Shape:
+def _shape(query: Tensor, past_key: Tensor, page_table: Tensor) -> ShapeStruct:
     batch, heads, new_tokens, head_dim = query.shape
     pages, kv_heads, _, _ = past_key.shape
-    return _Shape(_TYPES[query.dtype], batch, new_tokens, heads, kv_heads, head_dim, pages, page_table.shape[1])
+    return ShapeStruct(TYPES[query.dtype], batch, new_tokens, heads, kv_heads, head_dim, pages, page_table.shape[1])

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from hip_trt import operator as names
 from hip_trt.config import HipConfig
+from hip_trt.config_v2 import HipConfigV2
+from hip_trt.decode_library import ANY_CALL, FUNCTIONS_V2, INPUTS, TYPES, ConfigV2Struct, ParamsV2Struct, ShapeStruct
 from hip_trt.errors import ConfigError, PluginError, RuntimeInputError
 from hip_trt.spec import ModelSpec
 
 ABI_VERSION = 1
 """HIP_TRT_ABI_VERSION of the header that this module mirrors."""
 
-_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _CUDA_ERROR = 4
 
 
@@ -37,17 +38,6 @@ class ConfigStruct(ctypes.Structure):
             "reuse_level", "page_size", "sink_tokens", "window_tokens", "mask_per_query_head", "dense",
         )),
         ("scale", ctypes.c_float),
-    ]
-
-
-class ShapeStruct(ctypes.Structure):
-    """HipTrtShape."""
-
-    _fields_ = [
-        (name, ctypes.c_int32) for name in (
-            "type", "batch", "new_tokens", "num_query_heads", "num_kv_heads", "head_dim", "num_pages",
-            "pages_per_sequence",
-        )
     ]
 
 
@@ -114,6 +104,7 @@ class Library:
                 ("hipTrtWorkspaceSize", ctypes.c_int, (
                     ctypes.POINTER(ConfigStruct), ctypes.POINTER(ShapeStruct), ctypes.POINTER(ctypes.c_size_t))),
                 ("hipTrtAttention", ctypes.c_int, (ctypes.POINTER(ParamsStruct), ctypes.c_void_p)),
+                *FUNCTIONS_V2,
                 ("hipTrtOffloadAttach", ctypes.c_int, (ctypes.c_void_p,)),
                 ("hipTrtOffloadDetach", ctypes.c_int, (ctypes.c_void_p,)),
                 ("hipTrtOffloadForget", ctypes.c_int, (ctypes.c_void_p, ctypes.c_void_p)),
@@ -227,7 +218,7 @@ class Library:
         }
         if chosen_blocks is not None:
             tensors["chosen_blocks"] = chosen_blocks
-        _check_tensors(tensors, config, shape)
+        _check_layout(tensors, _shapes(config, shape), shape.dtype)
         params = ParamsStruct(
             config=_config_struct(config, scale, dense), shape=_shape_struct(shape), workspace=workspace.data_ptr(),
             workspace_size=workspace.nbytes, **{name: tensor.data_ptr() for name, tensor in tensors.items()},
@@ -236,14 +227,131 @@ class Library:
             status = self._functions.hipTrtAttention(ctypes.byref(params), stream)
         if status != 0:
             self.validate(config, shape, scale=scale, dense=dense)
-            text, remedy = self._functions.hipTrtStatusText(status).decode(), ""
-            if status == _CUDA_ERROR:
-                name = self._functions.hipTrtLastCudaError().decode()
-                text = f"{text}: {name}"
-                if name == "cudaErrorNoKernelImageForDevice":
-                    remedy = "Build hip-trt for this GPU: set HIP_TRT_CUDA_ARCHITECTURES=native and install it again."
-            raise PluginError(f"HipAttention on {query.device}: {text}.", remedy)
+            raise self._failure(status, query.device)
         return tensors["output"], tensors["present_key"], tensors["present_value"], tensors["present_nodes"]
+
+    def validate_v2(
+        self, config: HipConfigV2, shape: Shape, *, kind: int = ANY_CALL, scale: float = 1.0, dense: bool = False
+    ) -> None:
+        """:meth:`validate` for version 2.
+
+        Args:
+            kind: size of call_kind; by default both are asked for, and ``shape.new_tokens`` is prefill's.
+        """
+        message = ctypes.create_string_buffer(512)
+        status = self._functions.hipTrtV2Validate(
+            _config_v2_struct(config, scale, dense), _shape_struct(shape), kind, message, len(message)
+        )
+        if status != 0:
+            raise ConfigError(f"{message.value.decode()}.", "No CUDA kernel computes this configuration.")
+
+    def workspace_size_v2(
+        self, config: HipConfigV2, shape: Shape, *, kind: int = ANY_CALL, dense: bool = False
+    ) -> int:
+        """:meth:`workspace_size` for version 2; ``kind`` as in :meth:`validate_v2`."""
+        size = ctypes.c_size_t()
+        status = self._functions.hipTrtV2WorkspaceSize(
+            _config_v2_struct(config, 1.0, dense), _shape_struct(shape), kind, ctypes.byref(size)
+        )
+        if status != 0:
+            self.validate_v2(config, shape, kind=kind, dense=dense)
+            raise ConfigError(f"{shape}: a size is 0.", "Give every size to learn what a call needs.")
+        return size.value
+
+    def attention_v2(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
+        page_table: Tensor,
+        past_lengths: Tensor,
+        query_lengths: Tensor,
+        past_bounds: Tensor,
+        past_codes: Tensor,
+        past_blocks: Tensor,
+        refresh_mask: Tensor,
+        call_kind: Tensor,
+        *,
+        config: HipConfigV2,
+        scale: float,
+        dense: bool = False,
+        output: Tensor | None = None,
+        present_key: Tensor | None = None,
+        present_value: Tensor | None = None,
+        present_bounds: Tensor | None = None,
+        present_codes: Tensor | None = None,
+        present_blocks: Tensor | None = None,
+        chosen_blocks: Tensor | None = None,
+        workspace: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """:func:`hip_trt.reference.operator_v2.hip_attention_v2` on contiguous CUDA tensors.
+
+        It runs on PyTorch's current stream.
+        Contents are not checked: the kernels read them on the device only. Of call_kind only the size counts.
+
+        Args:
+            output, present_key, present_value, present_bounds, present_codes, present_blocks: where results go; None
+                allocates. A present tensor may be its past tensor: then nothing but what is new is written.
+            chosen_blocks: [B, Hm, ceil(S / block_q), K] int32, K being ``config.mask_blocks``: where the chosen blocks
+                of a prefill go, ascending, then -1; None if not wanted. A decode call tells them by present_blocks.
+            workspace: at least :meth:`workspace_size_v2` bytes; None allocates.
+
+        Returns:
+            output, present_key, present_value, present_bounds, present_codes and present_blocks.
+
+        Raises:
+            ConfigError: no kernel computes the configuration.
+            RuntimeInputError: a tensor's shape, type, device or layout does not fit.
+            PluginError: a kernel could not be launched.
+        """
+        batch, query_heads, new_tokens, head_dim = query.shape
+        shape = Shape(
+            query.dtype, query_heads, key.shape[1], head_dim, batch, new_tokens, past_key.shape[0], page_table.shape[1]
+        )
+        kind = call_kind.numel()
+        if kind not in (names.PREFILL, names.DECODE):
+            raise RuntimeInputError(f"call_kind: shape {list(call_kind.shape)} does not fit; it must be [1] for "
+                                    "prefill or [2] for decode.")
+        if chosen_blocks is not None and kind == names.DECODE:
+            raise RuntimeInputError("chosen_blocks: a decode call has none.", "present_blocks are what it chose.")
+        if workspace is None:
+            workspace = query.new_empty(
+                self.workspace_size_v2(config, shape, kind=kind, dense=dense), dtype=torch.uint8
+            )
+        inputs = (query, key, value, past_key, past_value, page_table, past_lengths, query_lengths, past_bounds,
+                  past_codes, past_blocks, refresh_mask)
+        results = (output, present_key, present_value, present_bounds, present_codes, present_blocks)
+        tensors = dict(zip(INPUTS, inputs, strict=True))
+        for name, result in zip(names.OUTPUTS_V2, results, strict=True):
+            like = tensors[names.STATE_V2.get(name, "query")]
+            tensors[name] = torch.empty_like(like) if result is None else result
+        if chosen_blocks is not None:
+            tensors["chosen_blocks"] = chosen_blocks
+        _check_layout(tensors, _shapes_v2(config, shape), shape.dtype)
+        params = ParamsV2Struct(
+            config=_config_v2_struct(config, scale, dense), shape=_shape_struct(shape), call_kind=kind,
+            workspace=workspace.data_ptr(), workspace_size=workspace.nbytes,
+            **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        )
+        with self._stream(query.device) as stream:
+            status = self._functions.hipTrtV2Attention(ctypes.byref(params), stream)
+        if status != 0:
+            self.validate_v2(config, shape, kind=kind, scale=scale, dense=dense)
+            raise self._failure(status, query.device)
+        found, *present = (tensors[name] for name in names.OUTPUTS_V2)
+        return found, present[0], present[1], present[2], present[3], present[4]
+
+    def _failure(self, status: int, device: torch.device) -> PluginError:
+        """What a call's status says, where the configuration is not at fault."""
+        text, remedy = self._functions.hipTrtStatusText(status).decode(), ""
+        if status == _CUDA_ERROR:
+            name = self._functions.hipTrtLastCudaError().decode()
+            text = f"{text}: {name}"
+            if name == "cudaErrorNoKernelImageForDevice":
+                remedy = "Build hip-trt for this GPU: set HIP_TRT_CUDA_ARCHITECTURES=native and install it again."
+        return PluginError(f"HipAttention on {device}: {text}.", remedy)
 
     def attach_offload(self, offload: ctypes.Structure) -> None:
         """Serve calls on pools in host memory through caches: see :class:`hip_trt.offload.BlockCaches`.
@@ -344,31 +452,64 @@ def _config_struct(config: HipConfig, scale: float, dense: bool) -> ConfigStruct
     return ConfigStruct(**fields, mask_per_query_head=config.mask_heads == "query", dense=dense, scale=scale)
 
 
+def _config_v2_struct(config: HipConfigV2, scale: float, dense: bool) -> ConfigV2Struct:
+    fields = {name: getattr(config, name) for name in names.INT_ATTRIBUTES_V2 if name != "dense"}
+    return ConfigV2Struct(
+        **fields, mask_per_query_head=config.mask_heads == "query", dense=dense, scale=scale,
+        value_threshold=config.value_threshold,
+    )
+
+
 def _shape_struct(shape: Shape) -> ShapeStruct:
-    if shape.dtype not in _TYPES:
+    if shape.dtype not in TYPES:
         raise ConfigError(f"type: {shape.dtype} is not supported; it must be float16, bfloat16 or float32.")
     fields = {name: getattr(shape, name) for name, _ in ShapeStruct._fields_ if name != "type"}  # type: ignore[misc]
-    return ShapeStruct(type=_TYPES[shape.dtype], **fields)
+    return ShapeStruct(type=TYPES[shape.dtype], **fields)
 
 
-def _check_tensors(tensors: dict[str, Tensor], config: HipConfig, shape: Shape) -> None:
+def _shapes(config: HipConfig, shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Of every tensor of a call but query."""
     decode = shape.new_tokens == 1
+    nodes = (shape.batch, config.num_masks(shape.num_query_heads, shape.num_kv_heads), config.decode_mask_blocks)
+    return {
+        **_common_shapes(config, shape, config.decode_mask_blocks if decode else config.mask_blocks),
+        "past_nodes": nodes, "refresh_mask": (1,), "present_nodes": nodes,
+    }
+
+
+def _shapes_v2(config: HipConfigV2, shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Of every tensor of a call of version 2 but query and call_kind."""
+    pages, heads, dim = shape.num_pages, shape.num_kv_heads, shape.head_dim
+    past = {
+        "bounds": (pages, heads, config.page_size // config.decode_block_k, 2, dim),
+        "codes": (pages, heads, config.page_size, dim // 16),
+        "blocks": (shape.batch, config.num_masks(shape.num_query_heads, heads), config.decode_mask_blocks),
+    }
+    return {
+        **_common_shapes(config, shape, config.mask_blocks), "refresh_mask": (shape.batch,),
+        **{f"{when}_{name}": sizes for name, sizes in past.items() for when in ("past", "present")},
+    }
+
+
+def _common_shapes(config: HipConfig, shape: Shape, chosen: int) -> dict[str, tuple[int, ...]]:
+    """Of what both versions have."""
     masks = config.num_masks(shape.num_query_heads, shape.num_kv_heads)
-    blocks = config.decode_mask_blocks if decode else config.mask_blocks
     new = (shape.batch, shape.num_kv_heads, shape.new_tokens, shape.head_dim)
     pool = (shape.num_pages, shape.num_kv_heads, config.page_size, shape.head_dim)
-    nodes = (shape.batch, masks, config.decode_mask_blocks)
-    expected = {
+    return {
         "key": new, "value": new, "past_key": pool, "past_value": pool,
         "page_table": (shape.batch, shape.pages_per_sequence), "past_lengths": (shape.batch,),
-        "query_lengths": (shape.batch,), "past_nodes": nodes, "refresh_mask": (1,),
-        "output": tensors["query"].shape, "present_key": pool, "present_value": pool, "present_nodes": nodes,
-        "chosen_blocks": (shape.batch, masks, -(-shape.new_tokens // config.block_q), blocks),
+        "query_lengths": (shape.batch,), "present_key": pool, "present_value": pool,
+        "output": (shape.batch, shape.num_query_heads, shape.new_tokens, shape.head_dim),
+        "chosen_blocks": (shape.batch, masks, -(-shape.new_tokens // config.block_q), chosen),
     }
+
+
+def _check_layout(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], float_type: torch.dtype) -> None:
     device = tensors["query"].device
     for name, tensor in tensors.items():
-        dtype = torch.int32 if name in _INTEGER_TENSORS else shape.dtype
-        if tuple(tensor.shape) != tuple(expected.get(name, tensor.shape)):
+        dtype = torch.int32 if name in _INTEGER_TENSORS else float_type
+        if tuple(tensor.shape) != expected.get(name, tuple(tensor.shape)):
             raise RuntimeInputError(f"{name}: shape {list(tensor.shape)} does not fit; it must be "
                                     f"{list(expected[name])}.")
         if tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
@@ -379,4 +520,5 @@ def _check_tensors(tensors: dict[str, Tensor], config: HipConfig, shape: Shape) 
 
 _INTEGER_TENSORS = {
     "page_table", "past_lengths", "query_lengths", "past_nodes", "refresh_mask", "present_nodes", "chosen_blocks",
+    "past_codes", "past_blocks", "present_codes", "present_blocks",
 }

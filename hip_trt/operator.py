@@ -6,9 +6,11 @@ The contract (shapes, types, meaning) is in :func:`hip_trt.reference.hip_attenti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from hip_trt.config import HipConfig
+if TYPE_CHECKING:
+    from hip_trt.config import HipConfig
+    from hip_trt.config_v2 import HipConfigV2
 
 DOMAIN: Final = "hip.trt"
 OP_TYPE: Final = "HipAttention"
@@ -26,6 +28,26 @@ INT_ATTRIBUTES: Final = (
     "mask_k", "decode_mask_k", "block_q", "block_k", "stride_q", "stride_k", "branch", "leaf_branch", "reuse_level",
     "page_size", "sink_tokens", "window_tokens", "dense",
 )
+
+# Version 2, which stands beside version 1 until it replaces it (docs/decode_version_2.md).
+OP_VERSION_V2: Final = 2
+INPUTS_V2: Final = (
+    "query", "key", "value", "past_key", "past_value", "page_table", "past_lengths", "query_lengths", "past_bounds",
+    "past_codes", "past_blocks", "refresh_mask", "call_kind",
+)
+OUTPUTS_V2: Final = (
+    "output", "present_key", "present_value", "present_bounds", "present_codes", "present_blocks",
+)
+STATE_V2: Final = {present: present.replace("present", "past") for present in OUTPUTS_V2[1:]}
+"""Each output that may be written onto an input, and that input."""
+
+INT_ATTRIBUTES_V2: Final = (
+    "mask_k", "block_q", "block_k", "stride_q", "stride_k", "branch", "leaf_branch", "decode_mask_k", "decode_search_k",
+    "decode_block_k", "page_size", "sink_tokens", "window_tokens", "dense",
+)
+PREFILL: Final = 1
+DECODE: Final = 2
+"""Sizes of call_kind."""
 
 # Model graph: names of inputs and outputs, as in Optimum's decoders.
 INPUT_IDS: Final = "input_ids"
@@ -98,5 +120,17 @@ def attributes(config: HipConfig, *, scale: float, layer: int | None = None) -> 
     values: dict[str, int | float | str] = {name: getattr(config, name) for name in INT_ATTRIBUTES if name != "dense"}
     values["dense"] = int(layer in config.dense_layers)
     values["mask_heads"] = config.mask_heads
+    values["scale"] = float(scale)
+    return values
+
+
+def attributes_v2(config: HipConfigV2, *, scale: float, layer: int | None = None) -> dict[str, int | float | str]:
+    """Attributes of one node of version 2; see :func:`attributes`."""
+    values: dict[str, int | float | str] = {
+        name: getattr(config, name) for name in INT_ATTRIBUTES_V2 if name != "dense"
+    }
+    values["dense"] = int(layer in config.dense_layers)
+    values["mask_heads"] = config.mask_heads
+    values["value_threshold"] = float(config.value_threshold)
     values["scale"] = float(scale)
     return values

@@ -28,8 +28,9 @@ def wide(case: Case, **changes: object) -> Case:
     """A case of blocks of 4, in blocks of 16: all lengths but those of new rows are four times as long."""
     config, times = case.config, BLOCK // case.config.block
     grown = DecodeConfig(
-        mask_k=times * config.mask_k, search_k=times * config.search_k, block=BLOCK, value_threshold=0.0,
+        mask_k=times * config.mask_k, search_k=times * config.search_k, block=BLOCK,
         sink_tokens=times * config.sink_tokens, window_tokens=max(1, times * (config.window_tokens - 1)),
+        value_threshold=config.value_threshold,
     )
     return replace(
         case, config=grown, page_size=times * case.page_size,
@@ -42,7 +43,7 @@ def settings(case: Case, **changes: object) -> DecodeSettings:
     return replace(DecodeSettings(
         mask_k=config.mask_k, search_k=config.search_k, block=config.block, page_size=case.page_size,
         sink_tokens=config.sink_tokens, window_tokens=config.window_tokens,
-        mask_per_query_head=case.mask_heads == "query", scale=case.scale,
+        mask_per_query_head=case.mask_heads == "query", scale=case.scale, value_threshold=config.value_threshold,
     ), **changes)
 
 
@@ -124,6 +125,12 @@ def _kernel_grid() -> tuple[Case, ...]:
              refresh=(0, 0)),
         Case((2000, 2111), (2, 1), "reuse of anything", config=full, page_size=64, heads=(4, 2), head_dim=64,
              blocks="any", refresh=(0, 1)),
+        *(replace(long, heads=heads, head_dim=64, query_lengths=rows, name=f"threshold, {rows} rows, heads {heads}",
+                  mask_heads=masks, config=replace(config, value_threshold=threshold))
+          for heads, rows, masks, threshold in (((4, 1), (1, 3), "kv", 0.02), ((16, 1), (5, 2), "kv", 0.06),
+                                                ((6, 2), (8, 1), "query", 0.02))),
+        replace(long, heads=(4, 2), head_dim=128, values="real", blocks="kept", refresh=(0, 0), name="threshold, reuse",
+                config=replace(config, block=64, mask_k=256, search_k=256, value_threshold=0.01), page_size=64),
         Case((20000,), (1,), "more scores than shared memory holds", config=many, page_size=64, heads=(1, 1)),
         Case((260,) * 20, (1,) * 20, "more sequences than multiprocessors", config=many, page_size=32, heads=(4, 2),
              head_dim=64),

@@ -21,7 +21,7 @@ PLUGINS = Path(__file__).parent.parent / "plugins"
 EMULATION = PLUGINS / "tests" / "emulation"
 BUILD = PLUGINS.parent / "build" / "emulation"
 SOURCES = (
-    "hip_attention", "hip_decode", "decode_plan", "decode_float16", "decode_bfloat16", "decode_float32",
+    "hip_attention", "hip_attention_v2", "decode_plan", "decode_float16", "decode_bfloat16", "decode_float32",
     "plan", "validation", "cache_update", "offload", "offload_fill", "offload_lane", "decode_cluster",
     *(f"decode_cluster{pools}_{dtype}" for pools in ("", "_offloaded") for dtype in ("float16", "bfloat16")),
     *(f"{kernel}_{dtype}" for kernel in ("mask_search", "sparse_attention")

@@ -19,6 +19,7 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
+from typing import Any
 
 import emulated
 import pytest
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from hip_trt import operator as names
 from hip_trt.config import HipConfig
+from hip_trt.config_v2 import HipConfigV2
 from hip_trt.library import Library
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +47,8 @@ _TENSORRTS = {
     "tensorrt_libs": "libnvinfer.so.*", "tensorrt_lean_libs": "libnvinfer_lean.so.*",
     "tensorrt_rtx_libs": "libtensorrt_rtx.so.*",
 }
-_PAST = dict(zip(names.OUTPUTS, (None, "past_key", "past_value", "past_nodes"), strict=True))
+_PAST = {"output": None, "present_key": "past_key", "present_value": "past_value", "present_nodes": "past_nodes"}
+_PAST_V2 = {"output": None, **names.STATE_V2}
 
 
 def tensorrt_libraries() -> list[Path | None]:
@@ -72,11 +75,12 @@ class HostedPlugin(Library):
         host: the program.
         path: of the plugin library.
         tensorrt: whose plugin registry loads it; None: the program itself.
+        version: of the operator that it computes.
     """
 
-    def __init__(self, host: Path, path: Path, tensorrt: Path | None = None) -> None:
+    def __init__(self, host: Path, path: Path, tensorrt: Path | None = None, version: int = 1) -> None:
         super().__init__(path)
-        options = ["--tensorrt", str(tensorrt)] if tensorrt else []
+        options = [*(["--tensorrt", str(tensorrt)] if tensorrt else []), "--operator", str(version)]
         self._command = [str(host), *options, str(path), "calls"]
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -88,13 +92,30 @@ class HostedPlugin(Library):
         Raises:
             AssertionError: with what the program found wrong.
         """
-        inputs, results = ([tensors[name] for name in kind] for kind in (names.INPUTS, names.OUTPUTS))
         attributes = {**names.attributes(config, scale=scale), "dense": int(dense)}
+        return self._call(attributes, tensors, names.INPUTS, _PAST)
+
+    def attention_v2(  # type: ignore[override]
+        self, *, config: HipConfigV2, scale: float, dense: bool = False, **tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        """As :meth:`Library.attention_v2` with every result given.
+
+        Raises:
+            AssertionError: with what the program found wrong.
+        """
+        attributes = {**names.attributes_v2(config, scale=scale), "dense": int(dense)}
+        return self._call(attributes, tensors, names.INPUTS_V2, _PAST_V2)
+
+    def _call(
+        self, attributes: dict[str, Any], tensors: dict[str, Tensor], names: tuple[str, ...],
+        past_of: dict[str, str | None],
+    ) -> tuple[Tensor, ...]:
+        inputs, results = ([tensors[name] for name in kind] for kind in (names, past_of))
         lines = [_field(name, value) for name, value in attributes.items()]
         lines += [f"tensor {str(tensor.dtype)[6:]} {tensor.dim()} {' '.join(map(str, tensor.shape))}"
                   for tensor in inputs]
         on_past = [past is not None and tensors[name].data_ptr() == tensors[past].data_ptr()
-                   for name, past in _PAST.items()]
+                   for name, past in past_of.items()]
         lines += ["result past" if shared else "result own" for shared in on_past]
         own = [tensor for tensor, shared in zip(results, on_past, strict=True) if not shared]
         self._exchange("\n".join([*lines, "call\n"]).encode(), [*inputs, *own], results)
@@ -148,9 +169,9 @@ class HostedPlugin(Library):
         assert not messages or re.search(r"calls: \d+ checks, 0 failed\nexit status 0$", messages), messages
 
 
-def hosted(host: Path, path: Path, tensorrt: Path | None) -> Iterator[HostedPlugin]:
+def hosted(host: Path, path: Path, tensorrt: Path | None, version: int = 1) -> Iterator[HostedPlugin]:
     """For fixtures."""
-    plugin = HostedPlugin(host, path, tensorrt)
+    plugin = HostedPlugin(host, path, tensorrt, version)
     yield plugin
     plugin.close()
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from hip_trt.config import HipConfig
+from hip_trt.config_v2 import HipConfigV2
 from hip_trt.errors import ConfigError
 
 
@@ -153,3 +154,34 @@ def test_derived_sizes() -> None:
     assert (config.mask_blocks, config.decode_mask_blocks) == (8, 4)
     assert config.num_masks(9, 3) == 3
     assert config.replace(mask_heads="query").num_masks(9, 3) == 9
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"decode_mask_k": 100}, "decode_mask_k: 100 is not allowed; it must be a multiple of decode_block_k (64)"),
+        ({"decode_search_k": 100}, "decode_search_k: 100 is not allowed; it must be a multiple of decode_block_k (64)"),
+        ({"decode_search_k": 64}, "decode_search_k: 64 is not allowed; it must be at least decode_mask_k (8192)"),
+        ({"decode_block_k": 48}, "decode_block_k: 48 is not allowed; it must be a power of two"),
+        ({"decode_block_k": 128}, "decode_block_k: 128 is not allowed; it must be at most 64"),
+        ({"page_size": 32}, "page_size: 32 is not allowed; it must be a multiple of decode_block_k (64)"),
+        ({"value_threshold": 1.0}, "value_threshold: 1.0 is not allowed; it must be less than 1"),
+        ({"value_threshold": float("nan")}, "value_threshold: nan is not allowed; it must be a number"),
+        ({"value_threshold": "0"}, "value_threshold: '0' is not allowed; it must be a number"),
+        ({"reuse_level": 1}, "reuse_level: 1 is not allowed; it must be 0"),
+        ({"mask_k": 1000}, "mask_k: 1000 is not allowed; it must be a multiple of block_k (16)"),
+    ],
+)
+def test_version_2_refuses(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        HipConfigV2.create(**fields)
+    assert str(error.value) == message
+
+
+def test_version_2_has_blocks_of_its_own_in_decode(tmp_path: Path) -> None:
+    config = HipConfigV2.create(block_k=128, page_size=128, mask_k=1024, decode_mask_k=64)
+    assert (config.mask_blocks, config.decode_mask_blocks) == (8, 1)
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    assert "reuse_level" not in path.read_text(encoding="utf-8")
+    assert HipConfigV2.from_yaml(path) == config

@@ -152,8 +152,29 @@ def test_dense_reads_no_state(library: DecodeLibrary) -> None:
     assert torch.equal(codes, inputs["past_codes"])
 
 
+@pytest.mark.parametrize("case", [case for case in KERNEL_GRID if case.name.startswith("threshold")], ids=str)
+def test_a_threshold_leaves_tokens_out(library: DecodeLibrary, case: Case) -> None:
+    """Else the cases above would hold no threshold to anything."""
+    inputs = make_inputs(case)
+    whole = run(library, replace(case, config=replace(case.config, value_threshold=0.0)), inputs, "cpu")
+    assert not torch.allclose(run(library, case, inputs, "cpu")[0], whole[0], rtol=0.01, atol=0.01)
+
+
+def test_a_threshold_lets_nan_show(library: DecodeLibrary) -> None:
+    case = wide(named("threshold"), head_dim=64, dtype=torch.float16)
+    inputs = make_inputs(case)
+    page = inputs["page_table"][0, 11]
+    inputs["past_key"][page, 0, 5, 3] = torch.nan
+    rewrite_state(inputs)
+    output, *_ = run(library, case, inputs, "cpu")
+    expected, *_ = reference(case, inputs)
+    torch.testing.assert_close(output.isnan(), expected.isnan())
+    assert output[0, :2].isnan().any()
+
+
 @pytest.mark.parametrize(("change", "words"), [
-    ({"value_threshold": 0.001}, "value_threshold"), ({"block": 8}, "decode_block_k"),
+    ({"value_threshold": 1.0}, "value_threshold"), ({"value_threshold": -0.1}, "value_threshold"),
+    ({"value_threshold": float("nan")}, "value_threshold"), ({"block": 8}, "decode_block_k"),
     ({"block": 48}, "decode_block_k"), ({"mask_k": 100}, "decode_mask_k"), ({"search_k": 4096}, "decode_search_k"),
     ({"search_k": 1 << 20}, "decode_search_k"), ({"page_size": 96}, "page_size"),
 ])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from operator_cases import SMALL, make_inputs, named
 
+from hip_trt import decode_library as decode_binding
 from hip_trt import library as binding
 from hip_trt import operator as names
 from hip_trt.config import HipConfig
@@ -46,14 +47,18 @@ def test_structs_are_those_of_the_header(tmp_path: Path) -> None:
     compiler = emulated.compiler()
     if compiler is None:
         pytest.skip("no C++ compiler")
-    structs = {"HipTrtConfig": binding.ConfigStruct, "HipTrtShape": binding.ShapeStruct,
-               "HipTrtParams": binding.ParamsStruct}
+    structs = {"HipTrtConfig": binding.ConfigStruct, "HipTrtShape": decode_binding.ShapeStruct,
+               "HipTrtParams": binding.ParamsStruct, "HipTrtV2Config": decode_binding.ConfigV2Struct,
+               "HipTrtV2Params": decode_binding.ParamsV2Struct}
     facts = ['"abi", (long)HIP_TRT_ABI_VERSION', '"operator", (long)HIP_TRT_OPERATOR_VERSION',
-             '"cuda_error", (long)HIP_TRT_CUDA_ERROR',
+             '"cuda_error", (long)HIP_TRT_CUDA_ERROR', '"operator v2", (long)HIP_TRT_V2_OPERATOR_VERSION',
+             '"any", (long)HIP_TRT_ANY_CALL', '"prefill", (long)HIP_TRT_PREFILL', '"decode", (long)HIP_TRT_DECODE',
              '"float16", (long)HIP_TRT_FLOAT16', '"bfloat16", (long)HIP_TRT_BFLOAT16',
              '"float32", (long)HIP_TRT_FLOAT32']
     expected = {"abi": binding.ABI_VERSION, "operator": names.OP_VERSION, "cuda_error": binding._CUDA_ERROR,
-                **{str(dtype)[6:]: number for dtype, number in binding._TYPES.items()}}
+                "operator v2": names.OP_VERSION_V2, "any": decode_binding.ANY_CALL, "prefill": names.PREFILL,
+                "decode": names.DECODE,
+                **{str(dtype)[6:]: number for dtype, number in decode_binding.TYPES.items()}}
     for name, struct in structs.items():
         facts.append(f'"{name}", (long)sizeof({name})')
         expected[name] = ctypes.sizeof(struct)
@@ -63,7 +68,7 @@ def test_structs_are_those_of_the_header(tmp_path: Path) -> None:
     lines = "\n".join(f'    printf(", \\"%s\\": %ld", {fact});' for fact in facts)
     source = tmp_path / "facts.cpp"
     source.write_text(
-        f'#include "hip_attention.h"\n#include <stddef.h>\n#include <stdio.h>\n'
+        f'#include "hip_attention_v2.h"\n#include <stddef.h>\n#include <stdio.h>\n'
         f'int main()\n{{\n    printf("{{\\"\\": 0");\n{lines}\n    printf("}}");\n}}\n', encoding="utf-8",
     )
     program = tmp_path / "facts"

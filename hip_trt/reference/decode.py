@@ -3,8 +3,7 @@
 A decode call has 1 to 8 rows a sequence. Its first row searches, over bounds of each key block (Quest, arXiv
 2406.10774) and over keys in 2 bits of the best of them, which are state beside the pages
 (:mod:`hip_trt.reference.decode_state`). All rows attend to the blocks that it chose, to the sink and to the window.
-The contract is docs/decode_version_2.md. Only tests run it so far: the operator (:mod:`hip_trt.reference.operator`)
-still decodes as version 1 does.
+The contract is docs/decode_version_2.md; :mod:`hip_trt.reference.operator_v2` is the whole operator.
 
 Sizes as in :func:`hip_trt.reference.hip_attention`; a block is of ``decode_block_k`` tokens, which divides page_size, K
 is decode_mask_k / decode_block_k and F is decode_search_k / decode_block_k.

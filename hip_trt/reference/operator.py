@@ -28,6 +28,7 @@ def hip_attention(
     config: HipConfig,
     scale: float,
     dense: bool = False,
+    decode: bool | None = None,
     select: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hierarchically pruned attention with a paged KV cache.
@@ -50,6 +51,7 @@ def hip_attention(
         config: block sizes, budgets, tree shape.
         scale: factor on q.k.
         dense: attend to everything.
+        decode: whether S = 1 is a single-token call, and not a chunk of a prompt; None: it is.
         select: in place of :func:`select_blocks`, called for each row, query block and mask head, in this order; to
             watch or replay choices.
 
@@ -58,6 +60,7 @@ def hip_attention(
         pool with the new rows; present_nodes [B, Hm, Kd] int32.
     """
     batch, query_heads, new_tokens, _ = query.shape
+    decode = new_tokens == 1 if decode is None else decode
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
     heads_per_mask = query_heads // past_nodes.shape[1]
     group = query_heads // key.shape[1]
@@ -78,16 +81,16 @@ def hip_attention(
                 heads = slice(mask * heads_per_mask, (mask + 1) * heads_per_mask)
                 kv = mask * heads_per_mask // group
                 queries = query[b, heads, rows].to(compute)
-                reused = past_nodes[b, mask].long() if new_tokens == 1 and int(refresh_mask[0]) == 0 else None
+                reused = past_nodes[b, mask].long() if decode and int(refresh_mask[0]) == 0 else None
                 blocks, kept = (select or select_blocks)(
-                    queries, keys[kv], past + rows, config=config, decode=new_tokens == 1, dense=dense,
+                    queries, keys[kv], past + rows, config=config, decode=decode, dense=dense,
                     past_nodes=reused,
                 )
                 attended = sparse_attention(
                     queries, keys[kv], values[kv], blocks, past + rows, block_k=config.block_k, scale=scale
                 )
                 output[b, heads, rows] = attended.to(query.dtype)
-                if new_tokens == 1 and kept is not None:
+                if decode and kept is not None:
                     present_nodes[b, mask] = kept.to(present_nodes.dtype)
     return output, present_key, present_value, present_nodes
 

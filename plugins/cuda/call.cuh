@@ -11,6 +11,7 @@ namespace hip_trt
 
 struct Call : HipTrtParams
 {
+    bool decode;        // a single-token call that is no prefill
     int mask_heads;     // Hm
     int heads_per_mask; // query heads that share a mask
     int heads_per_kv;   // query heads that share a key/value head

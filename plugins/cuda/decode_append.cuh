@@ -66,7 +66,7 @@ struct BlockAppend
     __device__ __forceinline__ void copyRows() const
     {
         const int chunks = step.row_bytes / 16;
-        const int begin = max(first, past), count = min(end, first + step.config.block) - begin;
+        const int begin = max(first, past), count = min(end, first + step.config.decode_block_k) - begin;
         for (int i = threadIdx.x; i < count * chunks; i += kThreads)
         {
             const int token = begin + i / chunks, chunk = i % chunks;
@@ -88,7 +88,7 @@ struct BlockAppend
         if (share.chunk < share.chunks)
         {
 #pragma unroll 4
-            for (int row = share.group; row < step.config.block; row += share.groups)
+            for (int row = share.group; row < step.config.decode_block_k; row += share.groups)
             {
                 float k[kElements];
                 unpack<T>(k, key(first + row, share.chunk));
@@ -139,7 +139,7 @@ struct BlockAppend
     __device__ __forceinline__ void writeCodes(const Shared& shared, const RowShare& share) const
     {
         constexpr int kChunksPerWord = 16 / kElements;
-        const int words = step.shape.head_dim / 16, block = step.config.block;
+        const int words = step.shape.head_dim / 16, block = step.config.decode_block_k;
         const int piece = share.chunk % kChunksPerWord;
         int32_t* const to = step.present_codes + static_cast<int64_t>(pool_block) * block * words;
         for (int row = share.group; row - share.group < block; row += share.groups) // the same rounds for all lanes
@@ -186,11 +186,30 @@ __device__ __forceinline__ void appendBlock(const Step& step, int b, int kv_head
         = (static_cast<int64_t>(b) * step.shape.num_kv_heads + kv_head) * step.shape.new_tokens;
     const BlockAppend<T> append{step, first, sequence.past, sequence.end(), pool_block, new_row};
     append.copyRows();
-    if (first + step.config.block <= sequence.end() && !step.config.dense)
+    if (first + step.config.decode_block_k <= sequence.end() && !step.config.dense)
     {
         const RowShare share(step.row_bytes);
         append.findBounds(shared, share);
         append.writeCodes(shared, share);
+    }
+}
+
+// Clear the output of padding rows, those that would stand in the index-th block, of a key/value head's query heads.
+__device__ __forceinline__ void clearPadding(const Step& step, int b, int kv_head, int index)
+{
+    const Sequence sequence(step, b);
+    const int first = ((sequence.past >> step.block_log2) + index) << step.block_log2;
+    const int begin = max(first, sequence.end()) - sequence.past;
+    const int end = min(first + step.config.decode_block_k - sequence.past, step.shape.new_tokens);
+    const int chunks = step.row_bytes / 16;
+    for (int head = kv_head * step.heads_per_kv; head < (kv_head + 1) * step.heads_per_kv; ++head)
+    {
+        const int64_t row
+            = (static_cast<int64_t>(b) * step.shape.num_query_heads + head) * step.shape.new_tokens + begin;
+        for (int i = threadIdx.x; i < (end - begin) * chunks; i += kThreads)
+        {
+            static_cast<uint4*>(step.output)[row * chunks + i] = make_uint4(0, 0, 0, 0);
+        }
     }
 }
 
@@ -201,6 +220,10 @@ __global__ void __launch_bounds__(kThreads) appendKernel(const __grid_constant__
     waitForEarlierKernels();
     letNextKernelStart();
     appendBlock<T>(step, blockIdx.z, blockIdx.y, blockIdx.x);
+    if (step.output != nullptr)
+    {
+        clearPadding(step, blockIdx.z, blockIdx.y, blockIdx.x);
+    }
 }
 
 template <typename T>

@@ -43,6 +43,13 @@ struct Partial
         output = step.partial_output + index * step.row_group * step.shape.head_dim;
         states = step.partial_state + index * step.row_group;
     }
+
+    // Of a row, as another thread block left it.
+    __device__ __forceinline__ float2 state(int row) const
+    {
+        const unsigned long long both = loadCurrent(reinterpret_cast<const unsigned long long*>(states + row));
+        return make_float2(__uint_as_float(static_cast<uint32_t>(both)), __uint_as_float(static_cast<uint32_t>(both >> 32)));
+    }
 };
 
 // On tensor cores. With g = lane / 4 and t = lane % 4: logits are products of 16 tokens (rows) and 8 query rows (columns),
@@ -210,7 +217,7 @@ struct MatrixAttention
                 const int token = tiles.token(first + i * stride);
                 const int64_t row
                     = (static_cast<int64_t>(__shfl_sync(kAllLanes, pool_block, i % kLanes)) << step.block_log2)
-                    + (token & (step.config.block - 1));
+                    + (token & (step.config.decode_block_k - 1));
                 T* const to = next(filled);
                 copyRows(to, step.present_key, row, tiles.end - token);
                 copyRows(to + kTileRows * kTileStride, step.present_value, row, tiles.end - token);
@@ -317,11 +324,22 @@ struct MatrixAttention
     }
 };
 
+// What a pass over the attended tokens does. Under a value threshold there are three: sums of all weights, marks of the chosen
+// tokens that some row does not leave out, and attention to what is left.
+enum class Pass
+{
+    kWhole,
+    kSums,
+    kMarks,
+    kMarked
+};
+
 // A thread block's part of the attention on tensor cores.
 template <typename T, int D, int RowTiles>
 struct AttendOnTensorCores
 {
     using Attention = MatrixAttention<T, D, RowTiles>;
+    static constexpr Pass kPass = Pass::kWhole;
     static constexpr int kRows = Attention::kRows;
 
     Attention attention;
@@ -349,9 +367,11 @@ struct AttendOnTensorCores
 };
 
 // On plain arithmetic: a warp per row, lanes over dimensions.
-template <typename T>
+template <typename T, Pass kOfPass>
 struct AttendPlainly
 {
+    static constexpr Pass kPass = kOfPass;
+    static constexpr bool kAttends = kPass == Pass::kWhole || kPass == Pass::kMarked;
     static constexpr int kRows = kWarps;
     static constexpr int kDims = 8; // of a lane: head_dim is at most 256
 
@@ -383,20 +403,63 @@ struct AttendPlainly
         return 0;
     }
 
+    // log2 of the sum of all weights of this warp's row, of all parts.
+    __device__ __forceinline__ float logWeights() const
+    {
+        float most = -INFINITY, total = 0;
+        for (int part = 0; part < step.attend_parts; ++part)
+        {
+            most = fmaxf(most, Partial(step, place, part).state(warp()).x);
+        }
+        for (int part = 0; part < step.attend_parts; ++part)
+        {
+            const float2 state = Partial(step, place, part).state(warp());
+            total += exp2Fast(state.x - most) * state.y;
+        }
+        return most + log2f(total);
+    }
+
+    // The word of marks for the 16 tokens of a tile of chosen blocks, and where they begin in it.
+    __device__ __forceinline__ uint32_t* marksOf(const AttendedTiles& tiles, int tile, int& shift) const
+    {
+        const int index = tile - (tiles.first << tiles.tilesLog2());
+        shift = index % 2 * kTileRows;
+        return step.marks + place.pair * step.mark_words + index / 2;
+    }
+
     __device__ __forceinline__ void run(const AttendedTiles& tiles, const Partial& partial, char*) const
     {
         const int dims = step.shape.head_dim;
         const Pages pages(step, place.b, place.kv_head);
         float sum[kDims] = {}, largest = -INFINITY, weight = 0;
+        const float all = kPass == Pass::kMarks && row.valid ? logWeights() : 0.0f;
         for (int tile = place.part; tile < tiles.count(); tile += step.attend_parts)
         {
+            uint32_t left = 0xffff; // tokens of the tile that count
+            int shift = 0;
+            if constexpr (kPass == Pass::kMarks || kPass == Pass::kMarked)
+            {
+                if (tiles.isChosen(tile))
+                {
+                    const int32_t* const marks = reinterpret_cast<const int32_t*>(marksOf(tiles, tile, shift));
+                    left = kPass == Pass::kMarked ? static_cast<uint32_t>(loadCurrent(marks)) >> shift : 0;
+                }
+                else if (kPass == Pass::kMarks)
+                {
+                    continue;
+                }
+            }
             const int token = tiles.token(tile);
             const int64_t first = (static_cast<int64_t>(pages.inPool(token >> step.block_log2)) << step.block_log2)
-                + (token & (step.config.block - 1));
+                + (token & (step.config.decode_block_k - 1));
             for (int i = 0; i < kTileRows && token + i <= visible; ++i)
             {
                 const T* const key = static_cast<const T*>(step.present_key) + (first + i) * dims;
                 const T* const value = static_cast<const T*>(step.present_value) + (first + i) * dims;
+                if (kPass == Pass::kMarked && (left >> i & 1) == 0)
+                {
+                    continue;
+                }
                 float logit = 0;
 #pragma unroll
                 for (int j = 0; j < kDims; ++j)
@@ -405,29 +468,49 @@ struct AttendPlainly
                     logit += d < dims ? query[j] * toFloat(key + d) : 0.0f;
                 }
                 logit = reduceSum(logit);
+                if constexpr (kPass == Pass::kMarks)
+                {
+                    // NaN is not below.
+                    left |= exp2Fast(logit - all) < step.config.value_threshold ? 0u : 1u << i;
+                    continue;
+                }
                 const float most = fmaxf(largest, logit);
                 const float from = most == -INFINITY ? 0.0f : most;
                 const float decay = exp2Fast(largest - from), factor = exp2Fast(logit - from);
                 largest = most;
                 weight = weight * decay + factor;
-#pragma unroll
-                for (int j = 0; j < kDims; ++j)
+                if constexpr (kAttends)
                 {
-                    const int d = j * kLanes + lane();
-                    sum[j] = sum[j] * decay + (d < dims ? factor * toFloat(value + d) : 0.0f);
+#pragma unroll
+                    for (int j = 0; j < kDims; ++j)
+                    {
+                        const int d = j * kLanes + lane();
+                        sum[j] = sum[j] * decay + (d < dims ? factor * toFloat(value + d) : 0.0f);
+                    }
+                }
+            }
+            if constexpr (kPass == Pass::kMarks)
+            {
+                uint32_t* const marks = marksOf(tiles, tile, shift);
+                if (lane() == 0 && left != 0)
+                {
+                    atomicOr(marks, left << shift);
                 }
             }
         }
-#pragma unroll
-        for (int j = 0; j < kDims; ++j)
+        if constexpr (kAttends)
         {
-            const int d = j * kLanes + lane();
-            if (d < dims)
+#pragma unroll
+            for (int j = 0; j < kDims; ++j)
             {
-                partial.output[warp() * dims + d] = sum[j];
+                const int d = j * kLanes + lane();
+                if (d < dims)
+                {
+                    partial.output[warp() * dims + d] = sum[j];
+                }
             }
         }
-        if (lane() == 0)
+        if (kPass != Pass::kMarks && lane() == 0)
         {
             partial.states[warp()] = make_float2(largest, weight);
         }
@@ -448,10 +531,7 @@ __device__ inline void findFactors(const Step& step, const AttendPlace& place, f
             states[i] = make_float2(-INFINITY, 0);
             if (part < step.attend_parts)
             {
-                const unsigned long long state = loadCurrent(
-                    reinterpret_cast<const unsigned long long*>(Partial(step, place, part).states + row));
-                states[i] = make_float2(__uint_as_float(static_cast<uint32_t>(state)),
-                    __uint_as_float(static_cast<uint32_t>(state >> 32)));
+                states[i] = Partial(step, place, part).state(row);
             }
             most = fmaxf(most, states[i].x);
         }
@@ -566,6 +646,20 @@ __global__ void __launch_bounds__(kThreads, 1) attendKernel(const __grid_constan
     Attend attend(step, place, sequence);
     waitForEarlierKernels();
     letNextKernelStart();
+    if constexpr (Attend::kPass == Pass::kSums || Attend::kPass == Pass::kMarks)
+    {
+        if (sequence.rows > 0 && !sequence.attendsAll(step))
+        {
+            const AttendedTiles tiles
+                = findAttended(step, place, sequence, searches != 0, reinterpret_cast<uint32_t*>(room), chosen);
+            for (int i = threadIdx.x; Attend::kPass == Pass::kSums && place.writes() && i < step.mark_words; i += kThreads)
+            {
+                step.marks[place.pair * step.mark_words + i] = 0;
+            }
+            attend.run(tiles, Partial(step, place, place.part), room);
+        }
+        return;
+    }
     if (place.part == 0 && sequence.rows < step.shape.new_tokens)
     {
         clearPadding<T>(step, place, sequence);
@@ -615,6 +709,18 @@ cudaError_t launchAttendKernel(Step step, int max_shared_bytes, cudaStream_t str
 template <typename T>
 cudaError_t launchAttend(const Step& step, int max_shared_bytes, cudaStream_t stream)
 {
+    // What is searched can be left out too.
+    if (step.config.value_threshold > 0 && !step.config.dense && step.capacity > step.budget)
+    {
+        cudaError_t error = launchAttendKernel<T, AttendPlainly<T, Pass::kSums>>(step, max_shared_bytes, stream);
+        if (error == cudaSuccess)
+        {
+            error = launchAttendKernel<T, AttendPlainly<T, Pass::kMarks>>(step, max_shared_bytes, stream);
+        }
+        return error == cudaSuccess
+            ? launchAttendKernel<T, AttendPlainly<T, Pass::kMarked>>(step, max_shared_bytes, stream)
+            : error;
+    }
     if constexpr (sizeof(T) == 2)
     {
         const bool one = step.row_group == 8;
@@ -628,7 +734,7 @@ cudaError_t launchAttend(const Step& step, int max_shared_bytes, cudaStream_t st
                        : launchAttendKernel<T, AttendOnTensorCores<T, 128, 2>>(step, max_shared_bytes, stream);
         }
     }
-    return launchAttendKernel<T, AttendPlainly<T>>(step, max_shared_bytes, stream);
+    return launchAttendKernel<T, AttendPlainly<T, Pass::kWhole>>(step, max_shared_bytes, stream);
 }
 
 } // namespace hip_trt::decode

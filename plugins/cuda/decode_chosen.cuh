@@ -44,6 +44,12 @@ struct AttendedTiles
         return before_window + (end - (last << block_log2) + kTileRows - 1) / kTileRows;
     }
 
+    __device__ __forceinline__ bool isChosen(int tile) const
+    {
+        const int index = tile >> tilesLog2();
+        return index >= first && index < first + chosen_count;
+    }
+
     // The first token of a tile.
     __device__ __forceinline__ int token(int tile) const
     {

@@ -224,7 +224,7 @@ bool decodeClusterSupports(const Call& call)
     const HipTrtShape& shape = call.shape;
     const int64_t rows = static_cast<int64_t>(shape.num_pages) * shape.num_kv_heads * call.config.page_size;
     Device device;
-    if (shape.new_tokens != 1 || shape.type == HIP_TRT_FLOAT32 || (shape.head_dim != 64 && shape.head_dim != 128)
+    if (!call.decode || shape.type == HIP_TRT_FLOAT32 || (shape.head_dim != 64 && shape.head_dim != 128)
         || call.config.block_k < 8 || call.config.stride_k != 1 || call.heads_per_mask > kMaxHeads
         || call.candidate_capacity > kMaxCandidates || rows >= INT64_C(0xffffffff) || shape.batch > 65535
         || currentDevice(device) != cudaSuccess || device.major < 9)

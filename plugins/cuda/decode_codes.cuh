@@ -28,7 +28,7 @@ struct UnitLayout
     int block_bytes;
 
     __host__ __device__ explicit UnitLayout(const Step& step)
-        : code_bytes(step.config.block * step.shape.head_dim / 4)
+        : code_bytes(step.config.decode_block_k * step.shape.head_dim / 4)
         , block_bytes(code_bytes + 2 * step.row_bytes)
     {
     }
@@ -222,7 +222,7 @@ struct CodeScorer
 #pragma unroll
         for (int tile = 0; tile < kMaxTiles; ++tile)
         {
-            if (tile * kTileRows >= step.config.block)
+            if (tile * kTileRows >= step.config.decode_block_k)
             {
                 break;
             }
@@ -253,7 +253,7 @@ struct CodeScorer
 #pragma unroll
         for (int i = 0; i < 2 * kMaxTiles; ++i)
         {
-            logits[i] = i / 2 * kTileRows < step.config.block ? fmaf(sum[i / 2][i % 2 * 2 + e], unscale, base) : -INFINITY;
+            logits[i] = i / 2 * kTileRows < step.config.decode_block_k ? fmaf(sum[i / 2][i % 2 * 2 + e], unscale, base) : -INFINITY;
             largest = fmaxf(largest, logits[i]);
         }
 #pragma unroll

@@ -36,18 +36,19 @@ int log2Of(int value)
     return log2;
 }
 
-bool usesTensorCores(const HipTrtShape& shape)
+// Under a value threshold there are none so far.
+bool usesTensorCores(const HipTrtV2Config& config, const HipTrtShape& shape)
 {
-    return shape.type != HIP_TRT_FLOAT32 && (shape.head_dim == 64 || shape.head_dim == 128);
+    return config.value_threshold == 0 && shape.type != HIP_TRT_FLOAT32 && (shape.head_dim == 64 || shape.head_dim == 128);
 }
 
 // Tokens that a row attends to at most.
 int64_t attendedTokens(const Step& step)
 {
-    const HipTrtDecodeConfig& config = step.config;
-    const int64_t all = static_cast<int64_t>(step.capacity) * config.block;
+    const HipTrtV2Config& config = step.config;
+    const int64_t all = static_cast<int64_t>(step.capacity) * config.decode_block_k;
     // Sink and window are rounded up to whole blocks.
-    const int64_t sparse = static_cast<int64_t>(config.sink_tokens) + config.mask_k + config.window_tokens + 4 * config.block;
+    const int64_t sparse = static_cast<int64_t>(config.sink_tokens) + config.decode_mask_k + config.window_tokens + 4 * config.decode_block_k;
     return config.dense ? all : std::min(all, sparse);
 }
 
@@ -93,23 +94,23 @@ int searchParts(const Step& step, int64_t pieces, int multiprocessors)
 // Fill in what follows from the parameters alone; pointers into the workspace only if it has a base. Returns the bytes used.
 size_t plan(Step& step)
 {
-    const HipTrtDecodeConfig& config = step.config;
+    const HipTrtV2Config& config = step.config;
     const HipTrtShape& shape = step.shape;
     step.mask_heads = config.mask_per_query_head ? shape.num_query_heads : shape.num_kv_heads;
     step.heads_per_mask = shape.num_query_heads / step.mask_heads;
     step.heads_per_kv = shape.num_query_heads / shape.num_kv_heads;
-    step.budget = config.mask_k / config.block;
-    step.searched = config.search_k / config.block;
-    step.sink_blocks = static_cast<int>(ceilDivide(config.sink_tokens, config.block));
-    step.block_log2 = log2Of(config.block);
-    step.blocks_per_page = Divisor(config.page_size / config.block);
+    step.budget = config.decode_mask_k / config.decode_block_k;
+    step.searched = config.decode_search_k / config.decode_block_k;
+    step.sink_blocks = static_cast<int>(ceilDivide(config.sink_tokens, config.decode_block_k));
+    step.block_log2 = log2Of(config.decode_block_k);
+    step.blocks_per_page = Divisor(config.page_size / config.decode_block_k);
     step.new_tokens = Divisor(shape.new_tokens);
     step.row_bytes = shape.head_dim * (shape.type == HIP_TRT_FLOAT32 ? 4 : 2);
     step.capacity = shape.pages_per_sequence * step.blocks_per_page.divisor;
     step.score_stride = (step.capacity + 3) / 4 * 4;
     step.stage_log_sums = step.searched * step.heads_per_mask <= kStagedLogSums;
-    step.append_blocks = (shape.new_tokens + 2 * config.block - 2) / config.block;
-    step.row_group = usesTensorCores(shape) && step.heads_per_mask * shape.new_tokens > 8 ? 16 : 8;
+    step.append_blocks = (shape.new_tokens + 2 * config.decode_block_k - 2) / config.decode_block_k;
+    step.row_group = usesTensorCores(config, shape) && step.heads_per_mask * shape.new_tokens > 8 ? 16 : 8;
     step.row_groups = static_cast<int>(ceilDivide(static_cast<int64_t>(step.heads_per_mask) * shape.new_tokens, step.row_group));
 
     Arena arena(step.workspace);
@@ -119,6 +120,8 @@ size_t plan(Step& step)
     step.kept = arena.take<int32_t>(pairs * step.searched);
     step.log_sums = arena.take<float>(pairs * step.heads_per_mask * step.searched);
     step.tickets = arena.take<int32_t>(pairs * step.row_groups);
+    step.mark_words = config.value_threshold > 0 ? (step.budget + 2) * config.decode_block_k / 32 + 1 : 0;
+    step.marks = arena.take<uint32_t>(pairs * step.mark_words);
     // As for the most thread blocks, so that a smaller batch, which is split further, needs no more.
     const int64_t rows = (kAttendBlocks + attendPairs(step)) * step.row_group;
     step.partial_state = arena.take<float2>(rows);
@@ -126,12 +129,12 @@ size_t plan(Step& step)
     return arena.used();
 }
 
-void checkConfig(Complaint& complaint, const HipTrtDecodeConfig& config)
+void checkConfig(Complaint& complaint, const HipTrtV2Config& config)
 {
-    complaint.range("decode_block_k", config.block, 16, 64);
-    complaint.powerOfTwo("decode_block_k", config.block);
-    complaint.range("decode_mask_k", config.mask_k, 1, kMaxTokens);
-    complaint.range("decode_search_k", config.search_k, config.mask_k, kMaxTokens);
+    complaint.range("decode_block_k", config.decode_block_k, 16, 64);
+    complaint.powerOfTwo("decode_block_k", config.decode_block_k);
+    complaint.range("decode_mask_k", config.decode_mask_k, 1, kMaxTokens);
+    complaint.range("decode_search_k", config.decode_search_k, config.decode_mask_k, kMaxTokens);
     complaint.range("page_size", config.page_size, 2, 4096);
     complaint.range("sink_tokens", config.sink_tokens, 0, 1 << 20);
     complaint.range("window_tokens", config.window_tokens, 1, 1 << 20);
@@ -139,17 +142,18 @@ void checkConfig(Complaint& complaint, const HipTrtDecodeConfig& config)
     complaint.range("dense", config.dense, 0, 1);
     complaint.require(std::isfinite(config.scale), HIP_TRT_INVALID_ARGUMENT,
         "scale: %g is not allowed; it must be finite", static_cast<double>(config.scale));
-    complaint.multiple("decode_mask_k", config.mask_k, "decode_block_k", config.block);
-    complaint.multiple("decode_search_k", config.search_k, "decode_block_k", config.block);
-    complaint.multiple("page_size", config.page_size, "decode_block_k", config.block);
-    complaint.require(config.value_threshold == 0, HIP_TRT_UNSUPPORTED,
-        "value_threshold: %g is not supported; it must be 0", static_cast<double>(config.value_threshold));
-    complaint.require(complaint.status() != HIP_TRT_SUCCESS || config.search_k / config.block <= kMaxSearched,
+    complaint.multiple("decode_mask_k", config.decode_mask_k, "decode_block_k", config.decode_block_k);
+    complaint.multiple("decode_search_k", config.decode_search_k, "decode_block_k", config.decode_block_k);
+    complaint.multiple("page_size", config.page_size, "decode_block_k", config.decode_block_k);
+    complaint.require(config.value_threshold >= 0 && config.value_threshold < 1, HIP_TRT_INVALID_ARGUMENT,
+        "value_threshold: %g is not allowed; it must be at least 0 and less than 1",
+        static_cast<double>(config.value_threshold));
+    complaint.require(complaint.status() != HIP_TRT_SUCCESS || config.decode_search_k / config.decode_block_k <= kMaxSearched,
         HIP_TRT_UNSUPPORTED, "decode_search_k: %d is not supported; it must be at most %d times decode_block_k (%d)",
-        config.search_k, kMaxSearched, config.block);
+        config.decode_search_k, kMaxSearched, config.decode_block_k);
 }
 
-void checkShape(Complaint& complaint, const HipTrtDecodeConfig& config, const HipTrtShape& shape, bool complete, int rows)
+void checkShape(Complaint& complaint, const HipTrtV2Config& config, const HipTrtShape& shape, bool complete, int rows)
 {
     complaint.range("type", shape.type, HIP_TRT_FLOAT16, HIP_TRT_FLOAT32);
     complaint.range("num_kv_heads", shape.num_kv_heads, 1, kMaxGridDim);
@@ -195,7 +199,7 @@ cudaError_t findDevice(Device& device)
     return error;
 }
 
-HipTrtStatus validate(const HipTrtDecodeConfig& config, const HipTrtShape& shape, bool complete, int rows, char* message,
+HipTrtStatus validate(const HipTrtV2Config& config, const HipTrtShape& shape, bool complete, int rows, char* message,
     size_t message_size)
 {
     if (message != nullptr && message_size > 0)
@@ -211,7 +215,7 @@ HipTrtStatus validate(const HipTrtDecodeConfig& config, const HipTrtShape& shape
     return complaint.status();
 }
 
-size_t workspaceSize(const HipTrtDecodeConfig& config, const HipTrtShape& shape)
+size_t workspaceSize(const HipTrtV2Config& config, const HipTrtShape& shape)
 {
     Step step{};
     step.config = config;
@@ -220,10 +224,10 @@ size_t workspaceSize(const HipTrtDecodeConfig& config, const HipTrtShape& shape)
     return plan(step);
 }
 
-Step makeStep(const HipTrtDecodeParams& params, const Device& device)
+Step makeStep(const HipTrtV2Params& params, const Device& device)
 {
     Step step{};
-    static_cast<HipTrtDecodeParams&>(step) = params;
+    static_cast<HipTrtV2Params&>(step) = params;
     plan(step);
     const int units = step.heads_per_mask <= kHeadTile / 2 ? 2 : 1; // blocks that a warp scores at once
     step.scan_parts = searchParts(step, ceilDivide(step.capacity, kTileRows), device.multiprocessors);

@@ -22,14 +22,14 @@ struct Device
 cudaError_t findDevice(Device& device);
 
 // With `complete`, shape fields that are 0 are refused; `rows`: as many new tokens are allowed.
-HipTrtStatus validate(const HipTrtDecodeConfig& config, const HipTrtShape& shape, bool complete, int rows, char* message,
+HipTrtStatus validate(const HipTrtV2Config& config, const HipTrtShape& shape, bool complete, int rows, char* message,
     size_t message_size);
 
 // Bytes of workspace for exactly this shape, on any GPU.
-size_t workspaceSize(const HipTrtDecodeConfig& config, const HipTrtShape& shape);
+size_t workspaceSize(const HipTrtV2Config& config, const HipTrtShape& shape);
 
 // The call with everything but the caller's parameters filled in.
-Step makeStep(const HipTrtDecodeParams& params, const Device& device);
+Step makeStep(const HipTrtV2Params& params, const Device& device);
 
 // The kernels of a type; each returns the error of its launches.
 template <typename T>

@@ -1,10 +1,10 @@
-// One decode call of version 2 as its kernels see it: the caller's parameters, what follows from them on the host, and
+// One call of version 2 as the kernels of its decode see it: the caller's parameters, what follows from them on the host, and
 // where things are. docs/decode_version_2.md is the contract.
 #pragma once
 
 #include "decode_cluster_ptx.cuh"
 #include "divisor.cuh"
-#include "hip_decode.h"
+#include "hip_attention_v2.h"
 #include "overlap.cuh"
 #include "ptx.cuh"
 
@@ -18,7 +18,7 @@ constexpr int kWarps = kThreads / kLanes;
 constexpr int kTileRows = 16; // rows of a left operand of the tensor cores: bounds, codes or keys
 constexpr int kHeadTile = 8;  // columns of a right operand: query heads
 
-struct Step : HipTrtDecodeParams
+struct Step : HipTrtV2Params
 {
     int mask_heads;     // Hm
     int heads_per_mask; // query heads that share a mask
@@ -42,6 +42,7 @@ struct Step : HipTrtDecodeParams
     int stages;         // tiles of keys and values that a warp of the attention has under way
     int row_group;      // rows, of all heads of the mask, that a thread block attends with
     int row_groups;
+    int mark_words; // 0 without a value threshold
     bool overlap; // kernels may start before earlier ones have ended
 
     // The workspace.
@@ -51,6 +52,7 @@ struct Step : HipTrtDecodeParams
     float* log_sums;       // [B, Hm, heads of the mask, F] second stage, base 2
     int32_t* tickets;      // [B, Hm, row_groups] thread blocks that have attended
     float* partial_output; // [B, Hm, row_groups, attend_parts, row_group, D] weighted sums of values
+    uint32_t* marks;       // [B, Hm, mark_words] a bit for each token of chosen blocks that the value threshold leaves
     float2* partial_state; // [B, Hm, row_groups, attend_parts, row_group] largest logit (base 2), sum of weights
 };
 

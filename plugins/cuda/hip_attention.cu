@@ -2,6 +2,7 @@
 #include "hip_attention.h"
 
 #include "decode_cluster.cuh"
+#include "entry.cuh"
 #include "kernels.cuh"
 #include "offload.cuh"
 #include "plan.cuh"
@@ -12,7 +13,6 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <iterator>
 
 #ifndef HIP_TRT_VERSION
 #error "define HIP_TRT_VERSION as the package version, a string"
@@ -107,16 +107,6 @@ cudaError_t runHeadDim(const Call& call, cudaStream_t stream)
                                                 : run<T, kLargeHeadDim>(call, stream);
 }
 
-cudaError_t runAnyType(const Call& call, cudaStream_t stream)
-{
-    switch (call.shape.type)
-    {
-    case HIP_TRT_FLOAT16: return runHeadDim<__half>(call, stream);
-    case HIP_TRT_BFLOAT16: return runHeadDim<__nv_bfloat16>(call, stream);
-    default: return runHeadDim<float>(call, stream);
-    }
-}
-
 // A single-token call on pools in host memory: one kernel does it all, or, where no cluster computes it, some read row by row.
 cudaError_t decodeOffloaded(Call call, const HipTrtOffload& offload, cudaStream_t stream)
 {
@@ -137,7 +127,7 @@ cudaError_t decodeOffloaded(Call call, const HipTrtOffload& offload, cudaStream_
         }
         if (error == cudaSuccess)
         {
-            error = runAnyType(call, stream);
+            error = runSteps(call, stream);
         }
     }
     return error == cudaSuccess ? endDecode(call, offload, stream) : error;
@@ -146,7 +136,7 @@ cudaError_t decodeOffloaded(Call call, const HipTrtOffload& offload, cudaStream_
 // `offload`: what is attached to the pools, or nullptr.
 cudaError_t runType(Call call, const HipTrtOffload* offload, cudaStream_t stream)
 {
-    if (offload != nullptr && call.shape.new_tokens == 1)
+    if (offload != nullptr && call.decode)
     {
         return decodeOffloaded(call, *offload, stream);
     }
@@ -166,19 +156,26 @@ cudaError_t runType(Call call, const HipTrtOffload* offload, cudaStream_t stream
             return error;
         }
     }
-    return runAnyType(call, stream);
-}
-
-bool complete(const HipTrtParams& params)
-{
-    const void* const pointers[] = {params.query, params.key, params.value, params.past_key, params.past_value,
-        params.page_table, params.past_lengths, params.query_lengths, params.past_nodes, params.refresh_mask,
-        params.output, params.present_key, params.present_value, params.present_nodes, params.workspace};
-    return std::all_of(std::begin(pointers), std::end(pointers),
-        [](const void* pointer) { return pointer != nullptr && reinterpret_cast<uintptr_t>(pointer) % 16 == 0; });
+    return runSteps(call, stream);
 }
 
 } // namespace
+
+cudaError_t runSteps(const Call& call, cudaStream_t stream)
+{
+    switch (call.shape.type)
+    {
+    case HIP_TRT_FLOAT16: return runHeadDim<__half>(call, stream);
+    case HIP_TRT_BFLOAT16: return runHeadDim<__nv_bfloat16>(call, stream);
+    default: return runHeadDim<float>(call, stream);
+    }
+}
+
+HipTrtStatus statusOf(cudaError_t error)
+{
+    last_error = error;
+    return error == cudaSuccess ? HIP_TRT_SUCCESS : HIP_TRT_CUDA_ERROR;
+}
 
 } // namespace hip_trt
 
@@ -229,7 +226,8 @@ HipTrtStatus hipTrtWorkspaceSize(const HipTrtConfig* config, const HipTrtShape* 
     {
         HipTrtShape decode = *shape;
         decode.new_tokens = 1;
-        *bytes = std::max(hip_trt::callWorkspaceSize(*config, *shape), hip_trt::callWorkspaceSize(*config, decode));
+        *bytes = std::max(hip_trt::callWorkspaceSize(*config, *shape, shape->new_tokens == 1),
+            hip_trt::callWorkspaceSize(*config, decode, true));
     }
     return status;
 }
@@ -241,21 +239,23 @@ HipTrtStatus hipTrtAttention(const HipTrtParams* params, cudaStream_t stream)
     {
         return status;
     }
-    if (!hip_trt::complete(*params))
+    if (!hip_trt::complete({params->query, params->key, params->value, params->past_key, params->past_value,
+            params->page_table, params->past_lengths, params->query_lengths, params->past_nodes, params->refresh_mask,
+            params->output, params->present_key, params->present_value, params->present_nodes, params->workspace}))
     {
         return HIP_TRT_INVALID_ARGUMENT;
     }
-    if (params->workspace_size < hip_trt::callWorkspaceSize(params->config, params->shape))
+    const bool decode = params->shape.new_tokens == 1;
+    if (params->workspace_size < hip_trt::callWorkspaceSize(params->config, params->shape, decode))
     {
         return HIP_TRT_WORKSPACE_TOO_SMALL;
     }
-    const hip_trt::Call call = hip_trt::makeCall(*params);
+    const hip_trt::Call call = hip_trt::makeCall(*params, decode);
     HipTrtOffload offload;
     const bool offloaded = hip_trt::findOffload(call, offload);
     if (offloaded && (call.past_key != call.present_key || call.past_value != call.present_value))
     {
         return HIP_TRT_INVALID_ARGUMENT; // caches are copies of what these very pools hold
     }
-    hip_trt::last_error = hip_trt::runType(call, offloaded ? &offload : nullptr, stream);
-    return hip_trt::last_error == cudaSuccess ? HIP_TRT_SUCCESS : HIP_TRT_CUDA_ERROR;
+    return hip_trt::statusOf(hip_trt::runType(call, offloaded ? &offload : nullptr, stream));
 }

@@ -77,7 +77,7 @@ struct MaskSearchSteps
         // Present nodes are written by the first query block of a row.
         int32_t* present_nodes = block == 0 ? call.present_nodes + mask_row * node_count : nullptr;
         int32_t* chosen = call.chosen + search_row * call.budget;
-        const bool decode = call.shape.new_tokens == 1;
+        const bool decode = call.decode;
 
         if (rows.rows <= 0 || rows.contiguous)
         {
@@ -425,7 +425,7 @@ cudaError_t searchMasks(const Call& call, cudaStream_t stream)
 {
     const int64_t searches = static_cast<int64_t>(call.shape.batch) * call.mask_heads * call.query_blocks;
     const int64_t blocks = call.search_lists == nullptr || searches < call.search_slots ? searches : call.search_slots;
-    const int threads = call.shape.new_tokens == 1 ? kDecodeSearchThreads : kPrefillSearchThreads;
+    const int threads = call.decode ? kDecodeSearchThreads : kPrefillSearchThreads;
     const size_t rows = searchQueryRows(call.config, call.shape) + threads / kWarpSize * MaskSearch<T, D, false>::kTokens;
     const size_t lists
         = call.search_lists == nullptr ? searchListBytes(call.candidate_capacity, call.kept_capacity) : 0;

@@ -25,9 +25,9 @@ int64_t ceilDivide(int64_t value, int64_t divisor)
     return (value + divisor - 1) / divisor;
 }
 
-int64_t splitCount(const HipTrtConfig& config, const HipTrtShape& shape)
+int64_t splitCount(const HipTrtConfig& config, const HipTrtShape& shape, bool decode)
 {
-    if (shape.new_tokens != 1)
+    if (!decode)
     {
         return 1;
     }
@@ -44,11 +44,10 @@ size_t plan(Call& call)
 {
     const HipTrtConfig& config = call.config;
     const HipTrtShape& shape = call.shape;
-    const bool decode = shape.new_tokens == 1;
     call.mask_heads = config.mask_per_query_head ? shape.num_query_heads : shape.num_kv_heads;
     call.heads_per_mask = shape.num_query_heads / call.mask_heads;
     call.heads_per_kv = shape.num_query_heads / shape.num_kv_heads;
-    call.budget = (decode ? config.decode_mask_k : config.mask_k) / config.block_k;
+    call.budget = (call.decode ? config.decode_mask_k : config.mask_k) / config.block_k;
     call.query_blocks = static_cast<int>(ceilDivide(shape.new_tokens, config.block_q));
     call.block_k_log2 = 0;
     while (1 << call.block_k_log2 < config.block_k)
@@ -56,9 +55,9 @@ size_t plan(Call& call)
         ++call.block_k_log2;
     }
     call.row_bytes = shape.head_dim * (shape.type == HIP_TRT_FLOAT32 ? 4 : 2);
-    call.candidate_capacity = static_cast<int>(candidateCapacity(config, decode));
+    call.candidate_capacity = static_cast<int>(candidateCapacity(config, call.decode));
     call.kept_capacity = call.budget + 2;
-    call.splits = static_cast<int>(splitCount(config, shape));
+    call.splits = static_cast<int>(splitCount(config, shape, call.decode));
 
     Arena arena(call.workspace);
     const int64_t searches = static_cast<int64_t>(shape.batch) * call.mask_heads * call.query_blocks;
@@ -91,17 +90,19 @@ int64_t candidateCapacity(const HipTrtConfig& config, bool decode)
     return std::max(budget * config.branch, (budget + (decode ? 2 : 0)) * config.leaf_branch);
 }
 
-size_t callWorkspaceSize(const HipTrtConfig& config, const HipTrtShape& shape)
+size_t callWorkspaceSize(const HipTrtConfig& config, const HipTrtShape& shape, bool decode)
 {
     Call call{};
+    call.decode = decode;
     call.config = config;
     call.shape = shape;
     return plan(call);
 }
 
-Call makeCall(const HipTrtParams& params)
+Call makeCall(const HipTrtParams& params, bool decode)
 {
     Call call{};
+    call.decode = decode;
     static_cast<HipTrtParams&>(call) = params;
     plan(call);
     return call;

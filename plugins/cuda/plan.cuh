@@ -30,9 +30,9 @@ inline __host__ __device__ size_t searchListBytes(int candidate_capacity, int ke
 int64_t candidateCapacity(const HipTrtConfig& config, bool decode);
 
 // Bytes of workspace for exactly this shape.
-size_t callWorkspaceSize(const HipTrtConfig& config, const HipTrtShape& shape);
+size_t callWorkspaceSize(const HipTrtConfig& config, const HipTrtShape& shape, bool decode);
 
-// The call with everything but the caller's parameters filled in.
-Call makeCall(const HipTrtParams& params);
+// The call with everything but the caller's parameters filled in. `decode`: see Call.
+Call makeCall(const HipTrtParams& params, bool decode);
 
 } // namespace hip_trt

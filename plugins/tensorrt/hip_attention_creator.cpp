@@ -9,19 +9,21 @@
 namespace hip_trt
 {
 
-HipAttentionCreator::HipAttentionCreator()
-    : mFields{attributeFields()}
+template <typename Version>
+HipAttentionCreator<Version>::HipAttentionCreator()
+    : mFields{attributeFields<Version>()}
     , mCollection{static_cast<int32_t>(mFields.size()), mFields.data()}
 {
 }
 
-nvinfer1::IPluginV3* HipAttentionCreator::createPlugin(
+template <typename Version>
+nvinfer1::IPluginV3* HipAttentionCreator<Version>::createPlugin(
     nvinfer1::AsciiChar const* name, nvinfer1::PluginFieldCollection const* fc, nvinfer1::TensorRTPhase phase) noexcept
 try
 {
     std::string const layer = name == nullptr ? "" : name;
-    std::optional<HipTrtConfig> const config = parseFields(layer, fc, phase);
-    return config ? new HipAttentionPlugin{layer, *config} : nullptr;
+    auto const config = parseFields<Version>(layer, fc, phase);
+    return config ? new HipAttentionPlugin<Version>{layer, *config} : nullptr;
 }
 catch (std::exception const& error)
 {
@@ -29,24 +31,31 @@ catch (std::exception const& error)
     return nullptr;
 }
 
-nvinfer1::PluginFieldCollection const* HipAttentionCreator::getFieldNames() noexcept
+template <typename Version>
+nvinfer1::PluginFieldCollection const* HipAttentionCreator<Version>::getFieldNames() noexcept
 {
     return &mCollection;
 }
 
-nvinfer1::AsciiChar const* HipAttentionCreator::getPluginName() const noexcept
+template <typename Version>
+nvinfer1::AsciiChar const* HipAttentionCreator<Version>::getPluginName() const noexcept
 {
     return kPLUGIN_NAME;
 }
 
-nvinfer1::AsciiChar const* HipAttentionCreator::getPluginVersion() const noexcept
+template <typename Version>
+nvinfer1::AsciiChar const* HipAttentionCreator<Version>::getPluginVersion() const noexcept
 {
-    return kPLUGIN_VERSION;
+    return Version::kPLUGIN_VERSION;
 }
 
-nvinfer1::AsciiChar const* HipAttentionCreator::getPluginNamespace() const noexcept
+template <typename Version>
+nvinfer1::AsciiChar const* HipAttentionCreator<Version>::getPluginNamespace() const noexcept
 {
     return kPLUGIN_NAMESPACE;
 }
+
+template class HipAttentionCreator<Version1>;
+template class HipAttentionCreator<Version2>;
 
 } // namespace hip_trt

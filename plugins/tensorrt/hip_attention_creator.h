@@ -1,4 +1,5 @@
-// Creator of HipAttention plugins, found by TensorRT's registry through getCreators().
+// Creators of HipAttention plugins, one for each version of the operator, found by TensorRT's registry through
+// getCreators().
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -8,6 +9,7 @@
 namespace hip_trt
 {
 
+template <typename Version>
 class HipAttentionCreator final : public nvinfer1::IPluginCreatorV3One
 {
 public:

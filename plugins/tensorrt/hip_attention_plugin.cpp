@@ -23,45 +23,65 @@ constexpr int32_t kSUCCESS = 0;
 constexpr int32_t kFAILURE = -1;
 
 //! Whether a layer has the operator's tensors; logs it if not.
-bool hasTensors(std::string const& layer, int32_t nbInputs, int32_t nbOutputs)
+bool hasTensors(Signature const& signature, std::string const& layer, int32_t nbInputs, int32_t nbOutputs)
 {
-    if (nbInputs == kINPUTS && nbOutputs == kOUTPUTS)
+    if (nbInputs == signature.nbInputs && nbOutputs == signature.nbOutputs)
     {
         return true;
     }
     logError(layer,
-        concat("has ", nbInputs, " inputs and ", nbOutputs, " outputs; it must have ", +kINPUTS, " and ", +kOUTPUTS));
+        concat("has ", nbInputs, " inputs and ", nbOutputs, " outputs; it must have ", signature.nbInputs, " and ",
+            signature.nbOutputs));
     return false;
 }
 
-//! Shape of a call with concrete dimensions.
-std::optional<HipTrtShape> shapeOf(HipTrtConfig const& config, PluginTensorDesc const* in, std::string& message)
+template <typename Version>
+std::optional<CallShape> readDims(typename Version::Config const& config, DataType type,
+    std::vector<Dims const*> const& dims, std::string& message)
 {
-    Dims const* dims[kINPUTS];
-    for (int32_t i = 0; i < kINPUTS; ++i)
-    {
-        dims[i] = &in[i].dims;
-    }
-    return readShape(config, in[kQUERY].type, dims, message);
+    return readShape(Version::signature(), Version::sizes(config), type, dims.data(), message);
 }
 
-//! Largest shape of an optimization profile.
-std::optional<HipTrtShape> largestShapeOf(
-    HipTrtConfig const& config, DynamicPluginTensorDesc const* in, std::string& message)
+//! Shape of a call with concrete dimensions.
+template <typename Version>
+std::optional<CallShape> shapeOf(
+    typename Version::Config const& config, PluginTensorDesc const* in, std::string& message)
 {
-    Dims const* dims[kINPUTS];
-    for (int32_t i = 0; i < kINPUTS; ++i)
+    std::vector<Dims const*> dims;
+    for (int32_t i = 0; i < Version::signature().nbInputs; ++i)
     {
-        dims[i] = &in[i].max;
+        dims.push_back(&in[i].dims);
     }
-    return readShape(config, in[kQUERY].desc.type, dims, message);
+    return readDims<Version>(config, in[kQUERY].type, dims, message);
+}
+
+//! Largest shape of an optimization profile, of either kind where the profile has both.
+template <typename Version>
+std::optional<CallShape> largestShapeOf(
+    typename Version::Config const& config, DynamicPluginTensorDesc const* in, std::string& message)
+{
+    std::vector<Dims const*> smallest, largest;
+    for (int32_t i = 0; i < Version::signature().nbInputs; ++i)
+    {
+        smallest.push_back(&in[i].min);
+        largest.push_back(&in[i].max);
+    }
+    auto most = readDims<Version>(config, in[kQUERY].desc.type, largest, message);
+    std::string ignored;
+    auto const least = readDims<Version>(config, in[kQUERY].desc.type, smallest, ignored);
+    if (most && (!least || least->kind != most->kind))
+    {
+        most->kind = HIP_TRT_ANY_CALL;
+    }
+    return most;
 }
 
 //! Whether the kernels take this shape; message receives the reason if not.
-bool supported(HipTrtConfig const& config, HipTrtShape const& shape, std::string& message)
+template <typename Version>
+bool supported(typename Version::Config const& config, CallShape const& call, std::string& message)
 {
     char reason[512];
-    if (hipTrtValidate(&config, &shape, reason, sizeof(reason)) == HIP_TRT_SUCCESS)
+    if (Version::validate(config, call, reason, sizeof(reason)) == HIP_TRT_SUCCESS)
     {
         return true;
     }
@@ -71,14 +91,17 @@ bool supported(HipTrtConfig const& config, HipTrtShape const& shape, std::string
 
 } // namespace
 
-HipAttentionPlugin::HipAttentionPlugin(std::string layer, HipTrtConfig const& config)
+template <typename Version>
+HipAttentionPlugin<Version>::HipAttentionPlugin(std::string layer, Config const& config)
     : mLayer{std::move(layer)}
     , mConfig{config}
-    , mDescription{describe(config)}
+    , mDescription{describe<Version>(config)}
 {
 }
 
-nvinfer1::IPluginCapability* HipAttentionPlugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept
+template <typename Version>
+nvinfer1::IPluginCapability* HipAttentionPlugin<Version>::getCapabilityInterface(
+    nvinfer1::PluginCapabilityType type) noexcept
 {
     switch (type)
     {
@@ -90,42 +113,47 @@ nvinfer1::IPluginCapability* HipAttentionPlugin::getCapabilityInterface(nvinfer1
     return nullptr;
 }
 
-nvinfer1::IPluginV3* HipAttentionPlugin::clone() noexcept
+template <typename Version>
+nvinfer1::IPluginV3* HipAttentionPlugin<Version>::clone() noexcept
 try
 {
-    return new HipAttentionPlugin{mLayer, mConfig};
+    return new HipAttentionPlugin<Version>{mLayer, mConfig};
 }
 catch (std::bad_alloc const&)
 {
     return nullptr;
 }
 
-nvinfer1::AsciiChar const* HipAttentionPlugin::getPluginName() const noexcept
+template <typename Version>
+nvinfer1::AsciiChar const* HipAttentionPlugin<Version>::getPluginName() const noexcept
 {
     return kPLUGIN_NAME;
 }
 
-nvinfer1::AsciiChar const* HipAttentionPlugin::getPluginVersion() const noexcept
+template <typename Version>
+nvinfer1::AsciiChar const* HipAttentionPlugin<Version>::getPluginVersion() const noexcept
 {
-    return kPLUGIN_VERSION;
+    return Version::kPLUGIN_VERSION;
 }
 
-nvinfer1::AsciiChar const* HipAttentionPlugin::getPluginNamespace() const noexcept
+template <typename Version>
+nvinfer1::AsciiChar const* HipAttentionPlugin<Version>::getPluginNamespace() const noexcept
 {
     return kPLUGIN_NAMESPACE;
 }
 
-int32_t HipAttentionPlugin::configurePlugin(DynamicPluginTensorDesc const* in, int32_t nbInputs,
+template <typename Version>
+int32_t HipAttentionPlugin<Version>::configurePlugin(DynamicPluginTensorDesc const* in, int32_t nbInputs,
     DynamicPluginTensorDesc const* /*out*/, int32_t nbOutputs) noexcept
 {
-    if (!hasTensors(mLayer, nbInputs, nbOutputs))
+    if (!hasTensors(Version::signature(), mLayer, nbInputs, nbOutputs))
     {
         return kFAILURE;
     }
     // Whatever no kernel computes is refused here, while the engine is built, so that nothing is left to fail in a run.
     std::string message;
-    std::optional<HipTrtShape> const shape = largestShapeOf(mConfig, in, message);
-    if (!shape || !supported(mConfig, *shape, message))
+    std::optional<CallShape> const shape = largestShapeOf<Version>(mConfig, in, message);
+    if (!shape || !supported<Version>(mConfig, *shape, message))
     {
         logError(mLayer, message);
         return kFAILURE;
@@ -133,50 +161,55 @@ int32_t HipAttentionPlugin::configurePlugin(DynamicPluginTensorDesc const* in, i
     return kSUCCESS;
 }
 
-int32_t HipAttentionPlugin::getOutputDataTypes(
+template <typename Version>
+int32_t HipAttentionPlugin<Version>::getOutputDataTypes(
     DataType* outputTypes, int32_t nbOutputs, DataType const* inputTypes, int32_t nbInputs) const noexcept
 {
-    if (!hasTensors(mLayer, nbInputs, nbOutputs))
+    if (!hasTensors(Version::signature(), mLayer, nbInputs, nbOutputs))
     {
         return kFAILURE;
     }
-    for (int32_t i = 0; i < kINPUTS; ++i)
+    for (int32_t i = 0; i < nbInputs; ++i)
     {
-        DataType const expected = isFloatTensor(i) ? inputTypes[kQUERY] : DataType::kINT32;
+        DataType const expected = isFloatTensor(Version::signature(), i) ? inputTypes[kQUERY] : DataType::kINT32;
         if (inputTypes[i] != expected || (i == kQUERY && !floatType(expected)))
         {
             logError(mLayer,
-                concat(tensorName(i), ": ", typeName(inputTypes[i]), " is not allowed; it must be ",
+                concat(tensorName(Version::signature(), i), ": ", typeName(inputTypes[i]),
+                    " is not allowed; it must be ",
                     i == kQUERY ? "float16, bfloat16 or float32" : typeName(expected)));
             return kFAILURE;
         }
     }
-    for (int32_t i = 0; i < kOUTPUTS; ++i)
+    for (int32_t i = 0; i < nbOutputs; ++i)
     {
-        outputTypes[i] = inputTypes[kOUTPUT_LIKE[i]];
+        outputTypes[i] = inputTypes[Version::signature().outputLike[i]];
     }
     return kSUCCESS;
 }
 
-int32_t HipAttentionPlugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t nbInputs,
+template <typename Version>
+int32_t HipAttentionPlugin<Version>::getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t nbInputs,
     nvinfer1::DimsExprs const* /*shapeInputs*/, int32_t /*nbShapeInputs*/, nvinfer1::DimsExprs* outputs,
     int32_t nbOutputs, nvinfer1::IExprBuilder& /*exprBuilder*/) noexcept
 {
-    if (!hasTensors(mLayer, nbInputs, nbOutputs))
+    if (!hasTensors(Version::signature(), mLayer, nbInputs, nbOutputs))
     {
         return kFAILURE;
     }
-    for (int32_t i = 0; i < kOUTPUTS; ++i)
+    for (int32_t i = 0; i < nbOutputs; ++i)
     {
-        outputs[i] = inputs[kOUTPUT_LIKE[i]];
+        outputs[i] = inputs[Version::signature().outputLike[i]];
     }
     return kSUCCESS;
 }
 
-bool HipAttentionPlugin::supportsFormatCombination(
+template <typename Version>
+bool HipAttentionPlugin<Version>::supportsFormatCombination(
     int32_t pos, DynamicPluginTensorDesc const* inOut, int32_t nbInputs, int32_t nbOutputs) noexcept
 {
-    if (nbInputs != kINPUTS || nbOutputs != kOUTPUTS || pos < 0 || pos >= kINPUTS + kOUTPUTS
+    Signature const& signature = Version::signature();
+    if (nbInputs != signature.nbInputs || nbOutputs != signature.nbOutputs || pos < 0 || pos >= nbInputs + nbOutputs
         || inOut[pos].desc.format != nvinfer1::TensorFormat::kLINEAR)
     {
         return false;
@@ -186,48 +219,53 @@ bool HipAttentionPlugin::supportsFormatCombination(
     {
         return floatType(type).has_value();
     }
-    return type == (isFloatTensor(pos) ? inOut[kQUERY].desc.type : DataType::kINT32);
+    return type == (isFloatTensor(signature, pos) ? inOut[kQUERY].desc.type : DataType::kINT32);
 }
 
-int32_t HipAttentionPlugin::getNbOutputs() const noexcept
+template <typename Version>
+int32_t HipAttentionPlugin<Version>::getNbOutputs() const noexcept
 {
-    return kOUTPUTS;
+    return Version::signature().nbOutputs;
 }
 
-size_t HipAttentionPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t /*nbInputs*/,
+template <typename Version>
+size_t HipAttentionPlugin<Version>::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t /*nbInputs*/,
     DynamicPluginTensorDesc const* /*outputs*/, int32_t /*nbOutputs*/) const noexcept
 {
     // There is no way to report a failure from here. What fails here fails in configurePlugin() as well.
     std::string message;
     size_t bytes = 0;
-    std::optional<HipTrtShape> const shape = largestShapeOf(mConfig, inputs, message);
-    if (!shape || hipTrtWorkspaceSize(&mConfig, &*shape, &bytes) != HIP_TRT_SUCCESS)
+    std::optional<CallShape> const shape = largestShapeOf<Version>(mConfig, inputs, message);
+    if (!shape || Version::workspaceSize(mConfig, *shape, &bytes) != HIP_TRT_SUCCESS)
     {
         return 0;
     }
     return bytes;
 }
 
-char const* HipAttentionPlugin::getMetadataString() noexcept
+template <typename Version>
+char const* HipAttentionPlugin<Version>::getMetadataString() noexcept
 {
     return mDescription.c_str();
 }
 
-int32_t HipAttentionPlugin::getAliasedInput(int32_t /*outputIndex*/) noexcept
+template <typename Version>
+int32_t HipAttentionPlugin<Version>::getAliasedInput(int32_t /*outputIndex*/) noexcept
 {
     return -1;
 }
 
-int32_t HipAttentionPlugin::onShapeChange(
+template <typename Version>
+int32_t HipAttentionPlugin<Version>::onShapeChange(
     PluginTensorDesc const* in, int32_t nbInputs, PluginTensorDesc const* /*out*/, int32_t nbOutputs) noexcept
 {
-    if (!hasTensors(mLayer, nbInputs, nbOutputs))
+    if (!hasTensors(Version::signature(), mLayer, nbInputs, nbOutputs))
     {
         return kFAILURE;
     }
     std::string message;
-    std::optional<HipTrtShape> const shape = shapeOf(mConfig, in, message);
-    if (!shape || !supported(mConfig, *shape, message))
+    std::optional<CallShape> const shape = shapeOf<Version>(mConfig, in, message);
+    if (!shape || !supported<Version>(mConfig, *shape, message))
     {
         logError(mLayer, message);
         return kFAILURE;
@@ -235,43 +273,19 @@ int32_t HipAttentionPlugin::onShapeChange(
     return kSUCCESS;
 }
 
-int32_t HipAttentionPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const* /*outputDesc*/,
+template <typename Version>
+int32_t HipAttentionPlugin<Version>::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const* /*outputDesc*/,
     void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream) noexcept
 {
     std::string message;
-    std::optional<HipTrtShape> const shape = shapeOf(mConfig, inputDesc, message);
+    std::optional<CallShape> const shape = shapeOf<Version>(mConfig, inputDesc, message);
     if (!shape)
     {
         logError(mLayer, message);
         return kFAILURE;
     }
 
-    HipTrtParams params{};
-    params.config = mConfig;
-    params.shape = *shape;
-    params.query = inputs[kQUERY];
-    params.key = inputs[kKEY];
-    params.value = inputs[kVALUE];
-    params.past_key = inputs[kPAST_KEY];
-    params.past_value = inputs[kPAST_VALUE];
-    params.page_table = static_cast<int32_t const*>(inputs[kPAGE_TABLE]);
-    params.past_lengths = static_cast<int32_t const*>(inputs[kPAST_LENGTHS]);
-    params.query_lengths = static_cast<int32_t const*>(inputs[kQUERY_LENGTHS]);
-    params.past_nodes = static_cast<int32_t const*>(inputs[kPAST_NODES]);
-    params.refresh_mask = static_cast<int32_t const*>(inputs[kREFRESH_MASK]);
-    params.output = outputs[kOUTPUT];
-    params.present_key = outputs[kPRESENT_KEY];
-    params.present_value = outputs[kPRESENT_VALUE];
-    params.present_nodes = static_cast<int32_t*>(outputs[kPRESENT_NODES]);
-    params.workspace = workspace;
-
-    // TensorRT does not say how large the workspace is: it is what getWorkspaceSize() asked for the largest shape,
-    // which is enough for this one.
-    HipTrtStatus status = hipTrtWorkspaceSize(&mConfig, &*shape, &params.workspace_size);
-    if (status == HIP_TRT_SUCCESS)
-    {
-        status = hipTrtAttention(&params, stream);
-    }
+    HipTrtStatus const status = Version::enqueue(mConfig, *shape, {inputs, outputs, workspace}, stream);
     if (status != HIP_TRT_SUCCESS)
     {
         logError(mLayer, status == HIP_TRT_CUDA_ERROR ? hipTrtLastCudaError() : hipTrtStatusText(status));
@@ -280,15 +294,18 @@ int32_t HipAttentionPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTen
     return kSUCCESS;
 }
 
-nvinfer1::IPluginV3* HipAttentionPlugin::attachToContext(nvinfer1::IPluginResourceContext* /*context*/) noexcept
+template <typename Version>
+nvinfer1::IPluginV3* HipAttentionPlugin<Version>::attachToContext(
+    nvinfer1::IPluginResourceContext* /*context*/) noexcept
 {
     return clone();
 }
 
-nvinfer1::PluginFieldCollection const* HipAttentionPlugin::getFieldsToSerialize() noexcept
+template <typename Version>
+nvinfer1::PluginFieldCollection const* HipAttentionPlugin<Version>::getFieldsToSerialize() noexcept
 try
 {
-    mSerialized = serializeFields(mConfig);
+    mSerialized = serializeFields<Version>(mConfig);
     mSerializedCollection = {static_cast<int32_t>(mSerialized.size()), mSerialized.data()};
     return &mSerializedCollection;
 }
@@ -296,5 +313,8 @@ catch (std::bad_alloc const&)
 {
     return nullptr;
 }
+
+template class HipAttentionPlugin<Version1>;
+template class HipAttentionPlugin<Version2>;
 
 } // namespace hip_trt

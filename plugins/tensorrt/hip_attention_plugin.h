@@ -1,7 +1,7 @@
 // HipAttention as a TensorRT plugin: shapes, types, workspace, and one call into the C ABI.
 #pragma once
 
-#include "hip_attention.h"
+#include "operator_versions.h"
 
 #include <NvInferRuntime.h>
 
@@ -12,24 +12,28 @@ namespace hip_trt
 {
 
 constexpr char const* kPLUGIN_NAME = "HipAttention";
-constexpr char const* kPLUGIN_VERSION = "1";
 // The ONNX parser looks a plugin up by the node's type, with version "1" and namespace "" unless the node has
 // plugin_version or plugin_namespace attributes; the node's domain (hip.trt) plays no part.
 constexpr char const* kPLUGIN_NAMESPACE = "";
 
-//! The plugin keeps its configuration and nothing else, so clones and contexts share no state.
+//! The plugin of one version of the operator (operator_versions.h), which is the plugin's version too.
+//!
+//! It keeps its configuration and nothing else, so clones and contexts share no state.
 //!
 //! The build capability is of its second version, which all supported TensorRTs know, but declares no output as aliased
 //! to an input: that needs a preview feature switched on in every build, lets TensorRT copy a whole pool to keep the
 //! promise, and would forbid separate buffers, which the operator allows. Instead the caller binds past and present to
 //! one address, as both are tensors of the engine; the kernels see that and write only the new rows.
+template <typename Version>
 class HipAttentionPlugin final : public nvinfer1::IPluginV3,
                                  public nvinfer1::IPluginV3OneCore,
                                  public nvinfer1::IPluginV3OneBuildV2,
                                  public nvinfer1::IPluginV3OneRuntime
 {
 public:
-    HipAttentionPlugin(std::string layer, HipTrtConfig const& config);
+    using Config = typename Version::Config;
+
+    HipAttentionPlugin(std::string layer, Config const& config);
 
     // IPluginV3
     nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
@@ -66,7 +70,7 @@ public:
 
 private:
     std::string mLayer;
-    HipTrtConfig mConfig;
+    Config mConfig;
     std::string mDescription;
 
     // What getFieldsToSerialize() hands out; made anew in each call, as it points into this very object.

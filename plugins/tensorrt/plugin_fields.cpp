@@ -15,25 +15,8 @@ namespace
 using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 
-constexpr std::pair<char const*, int32_t HipTrtConfig::*> kINT_FIELDS[] = {
-    {"mask_k", &HipTrtConfig::mask_k},
-    {"decode_mask_k", &HipTrtConfig::decode_mask_k},
-    {"block_q", &HipTrtConfig::block_q},
-    {"block_k", &HipTrtConfig::block_k},
-    {"stride_q", &HipTrtConfig::stride_q},
-    {"stride_k", &HipTrtConfig::stride_k},
-    {"branch", &HipTrtConfig::branch},
-    {"leaf_branch", &HipTrtConfig::leaf_branch},
-    {"reuse_level", &HipTrtConfig::reuse_level},
-    {"page_size", &HipTrtConfig::page_size},
-    {"sink_tokens", &HipTrtConfig::sink_tokens},
-    {"window_tokens", &HipTrtConfig::window_tokens},
-    {"dense", &HipTrtConfig::dense},
-};
-constexpr int32_t kOPERATOR_VERSION = HIP_TRT_OPERATOR_VERSION;
-constexpr char const* kSCALE_FIELD = "scale";
 constexpr char const* kMASK_HEADS_FIELD = "mask_heads";
-constexpr std::string_view kMASK_HEADS[] = {"kv", "query"}; // indexed by HipTrtConfig::mask_per_query_head
+constexpr std::string_view kMASK_HEADS[] = {"kv", "query"}; // indexed by mask_per_query_head
 
 char const* typeName(PluginFieldType type)
 {
@@ -151,32 +134,34 @@ private:
 
 //! Refuse the engine of another version: one whose operator is another's, or that does not say which it computes. The
 //! words are those of require_format() in hip_trt/spec.py.
-void requireFormat(FieldReader& reader)
+void requireFormat(FieldReader& reader, int32_t version)
 {
     PluginField const* const builtBy = reader.findIfGiven(kHIP_TRT_VERSION_FIELD, PluginFieldType::kCHAR);
     PluginField const* const format = reader.findIfGiven(kOPERATOR_VERSION_FIELD, PluginFieldType::kINT32);
-    if (!reader.ok() || (format != nullptr && *static_cast<int32_t const*>(format->data) == HIP_TRT_OPERATOR_VERSION))
+    if (!reader.ok() || (format != nullptr && *static_cast<int32_t const*>(format->data) == version))
     {
         return;
     }
     reader.fail(concat("made by hip-trt ", builtBy != nullptr ? text(*builtBy) : "of an unknown version", " in format ",
         format != nullptr ? std::to_string(*static_cast<int32_t const*>(format->data)) : "none", "; this is hip-trt ",
-        hipTrtVersion(), ", which reads format ", HIP_TRT_OPERATOR_VERSION,
+        hipTrtVersion(), ", which reads format ", version,
         ". Export it again with `hip-trt export`."));
 }
 
-//! Ranges and combinations of the attributes alone. What a value may be is decided in one place, hipTrtValidate(),
+//! Ranges and combinations of the attributes alone. What a value may be is decided in one place, by the C ABI,
 //! which also wants head counts; those are not known yet, so it is asked about the plainest. Whether kernels exist for
 //! the real ones is asked once they are known, in configurePlugin().
-void checkValues(HipTrtConfig const& config, FieldReader& reader)
+template <typename Version>
+void checkValues(typename Version::Config const& config, FieldReader& reader)
 {
-    HipTrtShape shape{};
+    CallShape call{};
+    HipTrtShape& shape = call.shape;
     shape.type = HIP_TRT_FLOAT16;
     shape.num_query_heads = 1;
     shape.num_kv_heads = 1;
     shape.head_dim = 64;
     char message[512];
-    if (hipTrtValidate(&config, &shape, message, sizeof(message)) == HIP_TRT_INVALID_ARGUMENT)
+    if (Version::validate(config, call, message, sizeof(message)) == HIP_TRT_INVALID_ARGUMENT)
     {
         reader.fail(message);
     }
@@ -184,19 +169,24 @@ void checkValues(HipTrtConfig const& config, FieldReader& reader)
 
 } // namespace
 
+template <typename Version>
 std::vector<PluginField> attributeFields()
 {
     std::vector<PluginField> fields;
-    for (auto const& [name, member] : kINT_FIELDS)
+    for (auto const& [name, member] : Version::kINT_FIELDS)
     {
         fields.emplace_back(name, nullptr, PluginFieldType::kINT32, 1);
     }
     fields.emplace_back(kMASK_HEADS_FIELD, nullptr, PluginFieldType::kCHAR, 0);
-    fields.emplace_back(kSCALE_FIELD, nullptr, PluginFieldType::kFLOAT32, 1);
+    for (auto const& [name, member] : Version::kFLOAT_FIELDS)
+    {
+        fields.emplace_back(name, nullptr, PluginFieldType::kFLOAT32, 1);
+    }
     return fields;
 }
 
-std::optional<HipTrtConfig> parseFields(
+template <typename Version>
+std::optional<typename Version::Config> parseFields(
     std::string const& layer, nvinfer1::PluginFieldCollection const* fields, nvinfer1::TensorRTPhase phase)
 {
     FieldReader reader{layer, fields};
@@ -207,24 +197,27 @@ std::optional<HipTrtConfig> parseFields(
     if (phase == nvinfer1::TensorRTPhase::kRUNTIME)
     {
         // Before anything else: another version may have other fields, and its engine other tensors.
-        requireFormat(reader);
+        requireFormat(reader, Version::kOPERATOR_VERSION);
         if (!reader.ok())
         {
             return std::nullopt;
         }
     }
 
-    HipTrtConfig config{};
-    for (auto const& [name, member] : kINT_FIELDS)
+    typename Version::Config config{};
+    for (auto const& [name, member] : Version::kINT_FIELDS)
     {
         if (PluginField const* const field = reader.find(name, PluginFieldType::kINT32))
         {
             config.*member = *static_cast<int32_t const*>(field->data);
         }
     }
-    if (PluginField const* const field = reader.find(kSCALE_FIELD, PluginFieldType::kFLOAT32))
+    for (auto const& [name, member] : Version::kFLOAT_FIELDS)
     {
-        config.scale = *static_cast<float const*>(field->data);
+        if (PluginField const* const field = reader.find(name, PluginFieldType::kFLOAT32))
+        {
+            config.*member = *static_cast<float const*>(field->data);
+        }
     }
     if (PluginField const* const field = reader.find(kMASK_HEADS_FIELD, PluginFieldType::kCHAR))
     {
@@ -241,37 +234,56 @@ std::optional<HipTrtConfig> parseFields(
     reader.refuseOthers();
     if (reader.ok())
     {
-        checkValues(config, reader);
+        checkValues<Version>(config, reader);
     }
     return reader.ok() ? std::optional{config} : std::nullopt;
 }
 
-std::vector<PluginField> serializeFields(HipTrtConfig const& config)
+template <typename Version>
+std::vector<PluginField> serializeFields(typename Version::Config const& config)
 {
     std::vector<PluginField> fields;
-    for (auto const& [name, member] : kINT_FIELDS)
+    for (auto const& [name, member] : Version::kINT_FIELDS)
     {
         fields.emplace_back(name, &(config.*member), PluginFieldType::kINT32, 1);
     }
     auto const maskHeads = kMASK_HEADS[config.mask_per_query_head];
     fields.emplace_back(
         kMASK_HEADS_FIELD, maskHeads.data(), PluginFieldType::kCHAR, static_cast<int32_t>(maskHeads.size()));
-    fields.emplace_back(kSCALE_FIELD, &config.scale, PluginFieldType::kFLOAT32, 1);
-    fields.emplace_back(kOPERATOR_VERSION_FIELD, &kOPERATOR_VERSION, PluginFieldType::kINT32, 1);
+    for (auto const& [name, member] : Version::kFLOAT_FIELDS)
+    {
+        fields.emplace_back(name, &(config.*member), PluginFieldType::kFLOAT32, 1);
+    }
+    fields.emplace_back(kOPERATOR_VERSION_FIELD, &Version::kOPERATOR_VERSION, PluginFieldType::kINT32, 1);
     fields.emplace_back(kHIP_TRT_VERSION_FIELD, hipTrtVersion(), PluginFieldType::kCHAR,
         static_cast<int32_t>(std::strlen(hipTrtVersion())));
     return fields;
 }
 
-std::string describe(HipTrtConfig const& config)
+template <typename Version>
+std::string describe(typename Version::Config const& config)
 {
     std::string line;
-    for (auto const& [name, member] : kINT_FIELDS)
+    for (auto const& [name, member] : Version::kINT_FIELDS)
     {
         line += concat(name, '=', config.*member, ' ');
     }
-    return line
-        + concat(kMASK_HEADS_FIELD, '=', kMASK_HEADS[config.mask_per_query_head], ' ', kSCALE_FIELD, '=', config.scale);
+    line += concat(kMASK_HEADS_FIELD, '=', kMASK_HEADS[config.mask_per_query_head]);
+    for (auto const& [name, member] : Version::kFLOAT_FIELDS)
+    {
+        line += concat(' ', name, '=', config.*member);
+    }
+    return line;
 }
+
+#define INSTANTIATE(Version) \
+    template std::vector<PluginField> attributeFields<Version>(); \
+    template std::optional<Version::Config> parseFields<Version>( \
+        std::string const&, nvinfer1::PluginFieldCollection const*, nvinfer1::TensorRTPhase); \
+    template std::vector<PluginField> serializeFields<Version>(Version::Config const&); \
+    template std::string describe<Version>(Version::Config const&)
+
+INSTANTIATE(Version1);
+INSTANTIATE(Version2);
 
 } // namespace hip_trt

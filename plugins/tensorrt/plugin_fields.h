@@ -1,7 +1,7 @@
 // Plugin fields: the operator's attributes as TensorRT hands them over, and as an engine stores them.
 #pragma once
 
-#include "hip_attention.h"
+#include "operator_versions.h"
 
 #include <NvInferRuntime.h>
 
@@ -18,6 +18,7 @@ constexpr char const* kOPERATOR_VERSION_FIELD = "operator_version";
 constexpr char const* kHIP_TRT_VERSION_FIELD = "hip_trt_version";
 
 //! The attributes of the operator, without values: what the ONNX parser reads from a node.
+template <typename Version>
 std::vector<nvinfer1::PluginField> attributeFields();
 
 //! Read and check every field.
@@ -26,13 +27,16 @@ std::vector<nvinfer1::PluginField> attributeFields();
 //!
 //! \return The configuration, or nothing after each fault was reported by the name of its field, its value and what is
 //!         allowed.
-std::optional<HipTrtConfig> parseFields(
+template <typename Version>
+std::optional<typename Version::Config> parseFields(
     std::string const& layer, nvinfer1::PluginFieldCollection const* fields, nvinfer1::TensorRTPhase phase);
 
 //! The fields that parseFields() reads back when an engine is loaded. They point into config, which must outlive them.
-std::vector<nvinfer1::PluginField> serializeFields(HipTrtConfig const& config);
+template <typename Version>
+std::vector<nvinfer1::PluginField> serializeFields(typename Version::Config const& config);
 
 //! The configuration in one line, for TensorRT's engine inspector.
-std::string describe(HipTrtConfig const& config);
+template <typename Version>
+std::string describe(typename Version::Config const& config);
 
 } // namespace hip_trt

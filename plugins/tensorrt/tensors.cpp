@@ -14,23 +14,6 @@ namespace
 using nvinfer1::DataType;
 using nvinfer1::Dims;
 
-//! A size that tensors share, called as in the operator's contract.
-enum Axis : int32_t
-{
-    kB,
-    kHQ,
-    kHKV,
-    kS,
-    kD,
-    kP,
-    kM,
-    kPAGE_SIZE,
-    kHM,
-    kKD,
-    kONE,
-    kAXES
-};
-
 struct AxisRule
 {
     char const* name;
@@ -38,28 +21,13 @@ struct AxisRule
 };
 
 constexpr AxisRule kAXIS[kAXES] = {{"B", false}, {"Hq", true}, {"Hkv", true}, {"S", false}, {"D", true}, {"P", false},
-    {"M", false}, {"page_size", true}, {"Hm", true}, {"Kd", true}, {"1", true}};
+    {"M", false}, {"page_size", true}, {"Hm", true}, {"", true}, {"page_size / decode_block_k", true}, {"D / 16", true},
+    {"1 or 2", false}, {"1", true}, {"2", true}};
 
-struct TensorLayout
+char const* axisName(Signature const& signature, Axis axis)
 {
-    char const* name;
-    int32_t rank;
-    Axis axes[4];
-};
-
-constexpr TensorLayout kLAYOUT[kINPUTS] = {
-    {"query", 4, {kB, kHQ, kS, kD}},
-    {"key", 4, {kB, kHKV, kS, kD}},
-    {"value", 4, {kB, kHKV, kS, kD}},
-    {"past_key", 4, {kP, kHKV, kPAGE_SIZE, kD}},
-    {"past_value", 4, {kP, kHKV, kPAGE_SIZE, kD}},
-    {"page_table", 2, {kB, kM}},
-    {"past_lengths", 1, {kB}},
-    {"query_lengths", 1, {kB}},
-    {"past_nodes", 3, {kB, kHM, kKD}},
-    {"refresh_mask", 1, {kONE}},
-};
-constexpr char const* kOUTPUT_NAMES[kOUTPUTS] = {"output", "present_key", "present_value", "present_nodes"};
+    return axis == kKEPT ? signature.keptName : kAXIS[axis].name;
+}
 
 std::string text(Dims const& dims)
 {
@@ -71,26 +39,29 @@ std::string text(Dims const& dims)
     return line + "]";
 }
 
-std::string text(TensorLayout const& layout)
+std::string text(Signature const& signature, TensorLayout const& layout)
 {
     std::string line = "[";
     for (int32_t i = 0; i < layout.rank; ++i)
     {
-        line += concat(i == 0 ? "" : ", ", kAXIS[layout.axes[i]].name);
+        line += concat(i == 0 ? "" : ", ", axisName(signature, layout.axes[i]));
     }
     return line + "]";
 }
 
 } // namespace
 
-char const* tensorName(int32_t position)
+char const* tensorName(Signature const& signature, int32_t position)
 {
-    return position < kINPUTS ? kLAYOUT[position].name : kOUTPUT_NAMES[position - kINPUTS];
+    return position < signature.nbInputs ? signature.inputs[position].name
+                                         : signature.outputNames[position - signature.nbInputs];
 }
 
-bool isFloatTensor(int32_t position)
+bool isFloatTensor(Signature const& signature, int32_t position)
 {
-    return (position < kINPUTS ? position : kOUTPUT_LIKE[position - kINPUTS]) <= kPAST_VALUE;
+    int32_t const like
+        = position < signature.nbInputs ? position : signature.outputLike[position - signature.nbInputs];
+    return signature.inputs[like].isFloat;
 }
 
 std::optional<HipTrtDataType> floatType(DataType type)
@@ -119,8 +90,8 @@ char const* typeName(DataType type)
     }
 }
 
-std::optional<HipTrtShape> readShape(
-    HipTrtConfig const& config, DataType type, Dims const* const* dims, std::string& message)
+std::optional<CallShape> readShape(Signature const& signature, AttributeSizes const& known, DataType type,
+    Dims const* const* dims, std::string& message)
 {
     std::optional<HipTrtDataType> const element = floatType(type);
     if (!element)
@@ -131,56 +102,67 @@ std::optional<HipTrtShape> readShape(
 
     int64_t sizes[kAXES];
     std::fill(std::begin(sizes), std::end(sizes), -1);
-    sizes[kPAGE_SIZE] = config.page_size;
-    sizes[kKD] = config.decode_mask_k / config.block_k;
+    sizes[kPAGE_SIZE] = known.pageSize;
+    sizes[kKEPT] = known.kept;
+    sizes[kBLOCKS] = known.blocksPerPage;
     sizes[kONE] = 1;
-    for (int32_t i = 0; i < kINPUTS; ++i)
+    sizes[kTWO] = 2;
+    for (int32_t i = 0; i < signature.nbInputs; ++i)
     {
-        TensorLayout const& layout = kLAYOUT[i];
+        TensorLayout const& layout = signature.inputs[i];
         if (dims[i]->nbDims != layout.rank)
         {
-            message = concat(layout.name, ": shape ", text(*dims[i]), " is not allowed; it must be ", text(layout));
+            message = concat(
+                layout.name, ": shape ", text(*dims[i]), " is not allowed; it must be ", text(signature, layout));
             return std::nullopt;
         }
         for (int32_t j = 0; j < layout.rank; ++j)
         {
             AxisRule const& axis = kAXIS[layout.axes[j]];
+            char const* const name = axisName(signature, layout.axes[j]);
             int64_t& size = sizes[layout.axes[j]];
             int64_t const value = dims[i]->d[j];
             if (value > std::numeric_limits<int32_t>::max())
             {
-                message = concat(layout.name, ": ", axis.name, " is ", value, "; it must fit in 32 bits");
+                message = concat(layout.name, ": ", name, " is ", value, "; it must fit in 32 bits");
                 return std::nullopt;
             }
             if (value < 0 && axis.fixed)
             {
                 message =
-                    concat(layout.name, ": ", axis.name, " is dynamic; it must be fixed when the engine is built");
+                    concat(layout.name, ": ", name, " is dynamic; it must be fixed when the engine is built");
                 return std::nullopt;
             }
             if (value >= 0 && size >= 0 && value != size)
             {
-                message = concat(layout.name, ": shape ", text(*dims[i]), " is not allowed; it must be ", text(layout),
-                    ", where ", axis.name, " is ", size, " by the attributes and the inputs before it");
+                message = concat(layout.name, ": shape ", text(*dims[i]), " is not allowed; it must be ",
+                    text(signature, layout),
+                    ", where ", name, " is ", size, " by the attributes and the inputs before it");
                 return std::nullopt;
             }
             size = value >= 0 ? value : size;
         }
-        // Known once query and key were read; past_nodes comes after them.
-        sizes[kHM] = config.mask_per_query_head ? sizes[kHQ] : sizes[kHKV];
+        // Known once query and key were read; they come before all that depends on them.
+        sizes[kHM] = known.maskPerQueryHead ? sizes[kHQ] : sizes[kHKV];
+        sizes[kWORDS] = sizes[kD] / 16;
+    }
+    if (sizes[kCALL_KIND] >= 0 && sizes[kCALL_KIND] != HIP_TRT_PREFILL && sizes[kCALL_KIND] != HIP_TRT_DECODE)
+    {
+        message = concat("call_kind: shape [", sizes[kCALL_KIND], "] is not allowed; it must be [1] or [2]");
+        return std::nullopt;
     }
 
-    auto const known = [&](Axis axis) { return static_cast<int32_t>(std::max<int64_t>(sizes[axis], 0)); };
+    auto const sizeOf = [&](Axis axis) { return static_cast<int32_t>(std::max<int64_t>(sizes[axis], 0)); };
     HipTrtShape shape{};
     shape.type = *element;
-    shape.batch = known(kB);
-    shape.new_tokens = known(kS);
-    shape.num_query_heads = known(kHQ);
-    shape.num_kv_heads = known(kHKV);
-    shape.head_dim = known(kD);
-    shape.num_pages = known(kP);
-    shape.pages_per_sequence = known(kM);
-    return shape;
+    shape.batch = sizeOf(kB);
+    shape.new_tokens = sizeOf(kS);
+    shape.num_query_heads = sizeOf(kHQ);
+    shape.num_kv_heads = sizeOf(kHKV);
+    shape.head_dim = sizeOf(kD);
+    shape.num_pages = sizeOf(kP);
+    shape.pages_per_sequence = sizeOf(kM);
+    return CallShape{shape, static_cast<HipTrtCallKind>(sizeOf(kCALL_KIND))};
 }
 
 } // namespace hip_trt

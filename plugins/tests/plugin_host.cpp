@@ -4,7 +4,8 @@
 //   plugin_host LIBRARY calls          execution of the calls given on standard input (plugin_host_calls.cpp)
 //
 // No TensorRT is needed. With --tensorrt PATH first, the plugin is loaded by the plugin registry of that TensorRT
-// library, such as libnvinfer_lean.so.11. Prints what failed, and exits with 0 only if nothing did.
+// library, such as libnvinfer_lean.so.11. With --operator 2 first, version 2 of the operator is driven, and not
+// version 1. Prints what failed, and exits with 0 only if nothing did.
 #include "plugin_host.h"
 
 #include "plugin_host_check.h"
@@ -14,15 +15,15 @@
 int main(int argc, char** argv)
 {
     std::vector<std::string> arguments(argv + 1, argv + argc);
-    std::string tensorrt;
-    if (arguments.size() == 4 && arguments[0] == "--tensorrt")
+    std::string tensorrt, version = gOperator.pluginVersion;
+    while (arguments.size() >= 4 && (arguments[0] == "--tensorrt" || arguments[0] == "--operator"))
     {
-        tensorrt = arguments[1];
+        (arguments[0] == "--tensorrt" ? tensorrt : version) = arguments[1];
         arguments.erase(arguments.begin(), arguments.begin() + 2);
     }
-    if (arguments.size() != 2 || (arguments[1] != "interfaces" && arguments[1] != "calls"))
+    if (!chooseOperator(version) || arguments.size() != 2 || (arguments[1] != "interfaces" && arguments[1] != "calls"))
     {
-        std::fprintf(stderr, "usage: plugin_host [--tensorrt TENSORRT] LIBRARY interfaces|calls\n");
+        std::fprintf(stderr, "usage: plugin_host [--tensorrt TENSORRT] [--operator 1|2] LIBRARY interfaces|calls\n");
         return 2;
     }
     gReport = arguments[1] == "calls" ? stderr : stdout; // calls are answered on standard output

@@ -1,7 +1,7 @@
 // The plugin, loaded as TensorRT loads it, and one layer's geometry.
 #pragma once
 
-#include "hip_attention.h"
+#include "hip_attention_v2.h"
 #include "plugin_host_trt.h"
 
 #include <functional>
@@ -16,6 +16,7 @@ struct Library
     nvinfer1::IPluginCreatorV3One* creator{nullptr};
     decltype(&hipTrtVersion) version{nullptr};
     decltype(&hipTrtWorkspaceSize) workspaceSize{nullptr};
+    decltype(&hipTrtV2WorkspaceSize) workspaceSizeV2{nullptr};
     std::function<void()> unload;
 };
 
@@ -37,9 +38,25 @@ struct Plugin
     nvinfer1::IPluginV3OneRuntime* runtime{nullptr};
 };
 
-constexpr int kINPUTS = 10;
-constexpr int kOUTPUTS = 4;
-constexpr int kRESULT_LIKE[kOUTPUTS] = {0, 3, 4, 8}; // query, past_key, past_value, past_nodes
+constexpr int kMAX_OUTPUTS = 6;
+
+//! What the host knows of a version of the operator.
+struct Operator
+{
+    char const* pluginVersion;
+    int32_t format;
+    int inputs;
+    int outputs;
+    int resultLike[kMAX_OUTPUTS]; // the input of each result's shape and type
+    std::vector<int> integers; // positions of int32 tensors, outputs after inputs
+    int kept; // input that an earlier call kept
+};
+
+//! The version that is driven.
+extern Operator gOperator;
+
+//! Drive version 1 or 2; false: there is no such version.
+bool chooseOperator(std::string const& version);
 
 //! Sizes of one layer and call, and its tensors as TensorRT describes them.
 struct Geometry
@@ -53,7 +70,9 @@ struct Geometry
     int64_t pageSlots{3};
     int64_t pageSize{16};
     int64_t masks{2};
-    int64_t nodes{4};
+    int64_t nodes{4}; // or blocks that are kept
+    int64_t pageBlocks{1}; // blocks of a decode call in a page
+    int64_t kind{1}; // size of call_kind
     nvinfer1::DataType type{nvinfer1::DataType::kFLOAT};
 
     //! Shapes of inputs, then of outputs.
@@ -74,7 +93,7 @@ public:
 
     int32_t status{-1};
     std::vector<nvinfer1::DimsExprs> inputs;
-    nvinfer1::DimsExprs outputs[kOUTPUTS]{};
+    nvinfer1::DimsExprs outputs[kMAX_OUTPUTS]{};
 
 private:
     HostExprBuilder mBuilder; // owns the expressions

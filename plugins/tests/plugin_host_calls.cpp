@@ -73,8 +73,13 @@ struct Call
         g.kvHeads = pool[1];
         g.pageSize = pool[2];
         g.pageSlots = inputs[5].shape[1];
-        g.masks = inputs[8].shape[1];
-        g.nodes = inputs[8].shape[2];
+        g.masks = inputs[gOperator.kept].shape[1];
+        g.nodes = inputs[gOperator.kept].shape[2];
+        if (gOperator.format != HIP_TRT_OPERATOR_VERSION)
+        {
+            g.pageBlocks = inputs[8].shape[2];
+            g.kind = inputs[12].shape[0];
+        }
         g.type = inputs[0].type;
         return g;
     }
@@ -134,15 +139,16 @@ std::optional<Call> read(std::istream& in)
         {
             call.onPast.push_back(type == "past");
         }
-        else if (kind == "call" && call.inputs.size() == kINPUTS && call.onPast.size() == kOUTPUTS)
+        else if (kind == "call" && call.inputs.size() == static_cast<size_t>(gOperator.inputs)
+            && call.onPast.size() == static_cast<size_t>(gOperator.outputs))
         {
             for (Tensor& tensor : call.inputs)
             {
                 tensor.bytes = readBytes(in, tensor.size());
             }
-            for (int i = 0; i < kOUTPUTS; ++i)
+            for (int i = 0; i < gOperator.outputs; ++i)
             {
-                Tensor const& like = call.inputs[kRESULT_LIKE[i]];
+                Tensor const& like = call.inputs[gOperator.resultLike[i]];
                 call.before.push_back(call.onPast[i] ? like.bytes : readBytes(in, like.size()));
             }
             return CHECK(in.good()) ? std::optional<Call>{std::move(call)} : std::nullopt;
@@ -224,14 +230,15 @@ void bringUp(Library const& library, Call& call, Layer& layer)
     plugin.emplace(plugin->plugin->clone());
 
     auto const types = geometry.types();
-    DataType outputTypes[kOUTPUTS];
-    CHECK_EQUAL(plugin->build->getOutputDataTypes(outputTypes, kOUTPUTS, types.data(), kINPUTS), 0);
-    CHECK(std::equal(outputTypes, outputTypes + kOUTPUTS, types.begin() + kINPUTS));
+    DataType outputTypes[kMAX_OUTPUTS];
+    CHECK_EQUAL(plugin->build->getOutputDataTypes(outputTypes, gOperator.outputs, types.data(), gOperator.inputs), 0);
+    CHECK(std::equal(outputTypes, outputTypes + gOperator.outputs, types.begin() + gOperator.inputs));
     checkShapes(*plugin, geometry);
     // An engine is built for calls larger than this one.
     Geometry largest = geometry;
     largest.batch += 1;
-    largest.newTokens += geometry.newTokens > 1 ? 7 : 0;
+    bool const single = gOperator.format == HIP_TRT_OPERATOR_VERSION && geometry.newTokens == 1;
+    largest.newTokens = single ? 1 : geometry.kind == HIP_TRT_DECODE ? 8 : geometry.newTokens + 7;
     largest.pages += 3;
     largest.pageSlots += 2;
     layer.workspaceSize = configure(*plugin, largest.dynamicTensors());
@@ -240,7 +247,9 @@ void bringUp(Library const& library, Call& call, Layer& layer)
     layer.plugin.emplace(plugin->runtime->attachToContext(&layer.context));
     plugin.reset();
     auto const tensors = geometry.tensors();
-    CHECK_EQUAL(layer.plugin->runtime->onShapeChange(tensors.data(), kINPUTS, tensors.data() + kINPUTS, kOUTPUTS), 0);
+    CHECK_EQUAL(layer.plugin->runtime->onShapeChange(
+                    tensors.data(), gOperator.inputs, tensors.data() + gOperator.inputs, gOperator.outputs),
+        0);
 }
 
 //! Execute a call once on a stream, and twice more from a CUDA graph.
@@ -256,13 +265,13 @@ std::vector<Bytes> execute(Layer const& layer, Call const& call)
         inputs.push_back(std::make_unique<Buffer>(tensor.size()));
         inputAddresses.push_back(inputs.back()->data());
     }
-    for (int i = 0; i < kOUTPUTS; ++i)
+    for (int i = 0; i < gOperator.outputs; ++i)
     {
         if (!call.onPast[i])
         {
             own.push_back(std::make_unique<Buffer>(call.before[i].size()));
         }
-        results.push_back(call.onPast[i] ? inputs[kRESULT_LIKE[i]].get() : own.back().get());
+        results.push_back(call.onPast[i] ? inputs[gOperator.resultLike[i]].get() : own.back().get());
         resultAddresses.push_back(results.back()->data());
     }
     Buffer const workspace{layer.workspaceSize};
@@ -270,17 +279,17 @@ std::vector<Bytes> execute(Layer const& layer, Call const& call)
     auto const tensors = call.geometry().tensors();
     auto const enqueue = [&](cudaStream_t stream)
     {
-        CHECK_EQUAL(layer.plugin->runtime->enqueue(tensors.data(), tensors.data() + kINPUTS, inputAddresses.data(),
-                        resultAddresses.data(), workspace.data(), stream),
+        CHECK_EQUAL(layer.plugin->runtime->enqueue(tensors.data(), tensors.data() + gOperator.inputs,
+                        inputAddresses.data(), resultAddresses.data(), workspace.data(), stream),
             0);
     };
     auto const prepare = [&](int workspaceByte)
     {
-        for (int i = 0; i < kINPUTS; ++i)
+        for (int i = 0; i < gOperator.inputs; ++i)
         {
             inputs[i]->write(call.inputs[i].bytes);
         }
-        for (int i = 0; i < kOUTPUTS; ++i)
+        for (int i = 0; i < gOperator.outputs; ++i)
         {
             results[i]->write(call.before[i]);
         }
@@ -289,11 +298,11 @@ std::vector<Bytes> execute(Layer const& layer, Call const& call)
     auto const found = [&]
     {
         std::vector<Bytes> bytes;
-        for (int i = 0; i < kOUTPUTS; ++i)
+        for (int i = 0; i < gOperator.outputs; ++i)
         {
             bytes.push_back(results[i]->read("result " + std::to_string(i)));
         }
-        for (int i = 0; i < kINPUTS; ++i)
+        for (int i = 0; i < gOperator.inputs; ++i)
         {
             bool const written = std::find(results.begin(), results.end(), inputs[i].get()) != results.end();
             Bytes const after = inputs[i]->read("input " + std::to_string(i));

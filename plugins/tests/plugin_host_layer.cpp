@@ -20,7 +20,29 @@ Dims toDims(std::vector<int64_t> const& values)
     return dims;
 }
 
+Operator const kOPERATORS[] = {
+    // query, past_key, past_value, past_nodes
+    {"1", HIP_TRT_OPERATOR_VERSION, 10, 4, {0, 3, 4, 8}, {5, 6, 7, 8, 9, 13}, 8},
+    // query, past_key, past_value, past_bounds, past_codes, past_blocks
+    {"2", HIP_TRT_V2_OPERATOR_VERSION, 13, 6, {0, 3, 4, 8, 9, 10}, {5, 6, 7, 9, 10, 11, 12, 17, 18}, 10},
+};
+
 } // namespace
+
+Operator gOperator = kOPERATORS[0];
+
+bool chooseOperator(std::string const& version)
+{
+    for (Operator const& one : kOPERATORS)
+    {
+        if (version == one.pluginVersion)
+        {
+            gOperator = one;
+            return true;
+        }
+    }
+    return false;
+}
 
 Plugin::Plugin(nvinfer1::IPluginV3* owned)
     : plugin{owned}
@@ -48,13 +70,22 @@ std::vector<std::vector<int64_t>> Geometry::shapes() const
     std::vector<int64_t> const rows{batch, kvHeads, newTokens, headDim};
     std::vector<int64_t> const pool{pages, kvHeads, pageSize, headDim};
     std::vector<int64_t> const kept{batch, masks, nodes};
-    return {query, rows, rows, pool, pool, {batch, pageSlots}, {batch}, {batch}, kept, {1}, query, pool, pool, kept};
+    std::vector<std::vector<int64_t>> shapes{query, rows, rows, pool, pool, {batch, pageSlots}, {batch}, {batch}};
+    if (gOperator.format == HIP_TRT_OPERATOR_VERSION)
+    {
+        shapes.insert(shapes.end(), {kept, {1}, query, pool, pool, kept});
+        return shapes;
+    }
+    std::vector<int64_t> const bounds{pages, kvHeads, pageBlocks, 2, headDim};
+    std::vector<int64_t> const codes{pages, kvHeads, pageSize, headDim / 16};
+    shapes.insert(shapes.end(), {bounds, codes, kept, {batch}, {kind}, query, pool, pool, bounds, codes, kept});
+    return shapes;
 }
 
 std::vector<DataType> Geometry::types() const
 {
-    std::vector<DataType> types(kINPUTS + kOUTPUTS, type);
-    for (int position : {5, 6, 7, 8, 9, 13})
+    std::vector<DataType> types(gOperator.inputs + gOperator.outputs, type);
+    for (int const position : gOperator.integers)
     {
         types[position] = DataType::kINT32;
     }
@@ -63,8 +94,8 @@ std::vector<DataType> Geometry::types() const
 
 std::vector<nvinfer1::PluginTensorDesc> Geometry::tensors() const
 {
-    std::vector<nvinfer1::PluginTensorDesc> tensors(kINPUTS + kOUTPUTS);
-    for (int i = 0; i < kINPUTS + kOUTPUTS; ++i)
+    std::vector<nvinfer1::PluginTensorDesc> tensors(gOperator.inputs + gOperator.outputs);
+    for (int i = 0; i < gOperator.inputs + gOperator.outputs; ++i)
     {
         tensors[i].dims = toDims(shapes()[i]);
         tensors[i].type = types()[i];
@@ -79,8 +110,8 @@ std::vector<nvinfer1::DynamicPluginTensorDesc> Geometry::dynamicTensors() const
     smallest.batch = smallest.newTokens = smallest.pages = smallest.pageSlots = 1;
     Geometry unknown = *this;
     unknown.batch = unknown.newTokens = unknown.pages = unknown.pageSlots = -1;
-    std::vector<nvinfer1::DynamicPluginTensorDesc> tensors(kINPUTS + kOUTPUTS);
-    for (int i = 0; i < kINPUTS + kOUTPUTS; ++i)
+    std::vector<nvinfer1::DynamicPluginTensorDesc> tensors(gOperator.inputs + gOperator.outputs);
+    for (int i = 0; i < gOperator.inputs + gOperator.outputs; ++i)
     {
         tensors[i].desc = unknown.tensors()[i];
         tensors[i].min = smallest.tensors()[i].dims;
@@ -93,11 +124,21 @@ HostFields goodFields()
 {
     HostFields fields;
     std::pair<char const*, int32_t> const values[] = {{"mask_k", 128}, {"decode_mask_k", 64}, {"block_q", 16},
-        {"block_k", 16}, {"stride_q", 4}, {"stride_k", 1}, {"branch", 4}, {"leaf_branch", 8}, {"reuse_level", 1},
-        {"page_size", 16}, {"sink_tokens", 16}, {"window_tokens", 32}, {"dense", 0}};
+        {"block_k", 16}, {"stride_q", 4}, {"stride_k", 1}, {"branch", 4}, {"leaf_branch", 8}, {"page_size", 16},
+        {"sink_tokens", 16}, {"window_tokens", 32}, {"dense", 0}};
     for (auto const& [name, value] : values)
     {
         fields.set(name, value);
+    }
+    if (gOperator.format == HIP_TRT_OPERATOR_VERSION)
+    {
+        fields.set("reuse_level", 1);
+    }
+    else
+    {
+        fields.set("decode_search_k", 256);
+        fields.set("decode_block_k", 16);
+        fields.set("value_threshold", 0.0F);
     }
     fields.set("mask_heads", std::string{"kv"});
     fields.set("scale", 0.125F);
@@ -111,19 +152,19 @@ OutputShapes::OutputShapes(Plugin const& plugin, std::vector<Dims> const& inputD
         inputs.push_back(mBuilder.dimensions({dims.d, dims.d + dims.nbDims}));
     }
     status = plugin.build->getOutputShapes(
-        inputs.data(), static_cast<int32_t>(inputs.size()), nullptr, 0, outputs, kOUTPUTS, mBuilder);
+        inputs.data(), static_cast<int32_t>(inputs.size()), nullptr, 0, outputs, gOperator.outputs, mBuilder);
 }
 
 void checkShapes(Plugin const& plugin, Geometry const& geometry)
 {
     auto const shapes = geometry.shapes();
     std::vector<Dims> inputDims;
-    std::transform(shapes.begin(), shapes.begin() + kINPUTS, std::back_inserter(inputDims), toDims);
+    std::transform(shapes.begin(), shapes.begin() + gOperator.inputs, std::back_inserter(inputDims), toDims);
     OutputShapes const found{plugin, inputDims};
     CHECK_EQUAL(found.status, 0);
-    for (int i = 0; i < kOUTPUTS; ++i)
+    for (int i = 0; i < gOperator.outputs; ++i)
     {
-        std::vector<int64_t> const& expected = shapes[kINPUTS + i];
+        std::vector<int64_t> const& expected = shapes[gOperator.inputs + i];
         if (!CHECK_EQUAL(found.outputs[i].nbDims, static_cast<int32_t>(expected.size())))
         {
             continue;
@@ -132,20 +173,23 @@ void checkShapes(Plugin const& plugin, Geometry const& geometry)
         {
             CHECK_EQUAL(found.outputs[i].d[j]->getConstantValue(), expected[j]);
             // It must be the very size of the input, so that TensorRT knows that they are equal where it is dynamic.
-            CHECK(found.outputs[i].d[j] == found.inputs[kRESULT_LIKE[i]].d[j]);
+            CHECK(found.outputs[i].d[j] == found.inputs[gOperator.resultLike[i]].d[j]);
         }
     }
 }
 
 size_t configure(Plugin const& plugin, std::vector<nvinfer1::DynamicPluginTensorDesc> const& tensors)
 {
-    for (int position = 0; position < kINPUTS + kOUTPUTS; ++position)
+    for (int position = 0; position < gOperator.inputs + gOperator.outputs; ++position)
     {
-        CHECK(plugin.build->supportsFormatCombination(position, tensors.data(), kINPUTS, kOUTPUTS));
+        CHECK(plugin.build->supportsFormatCombination(position, tensors.data(), gOperator.inputs, gOperator.outputs));
     }
-    CHECK_EQUAL(plugin.build->configurePlugin(tensors.data(), kINPUTS, tensors.data() + kINPUTS, kOUTPUTS), 0);
+    CHECK_EQUAL(plugin.build->configurePlugin(
+                    tensors.data(), gOperator.inputs, tensors.data() + gOperator.inputs, gOperator.outputs),
+        0);
     size_t const workspace =
-        plugin.build->getWorkspaceSize(tensors.data(), kINPUTS, tensors.data() + kINPUTS, kOUTPUTS);
+        plugin.build->getWorkspaceSize(
+            tensors.data(), gOperator.inputs, tensors.data() + gOperator.inputs, gOperator.outputs);
     CHECK(workspace > 0);
     return workspace;
 }

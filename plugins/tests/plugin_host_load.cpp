@@ -71,6 +71,7 @@ bool bind(void* handle, nvinfer1::IPluginCreatorInterface* creator, Library& lib
     library.handle = handle;
     library.version = symbol<decltype(&hipTrtVersion)>(handle, "hipTrtVersion");
     library.workspaceSize = symbol<decltype(&hipTrtWorkspaceSize)>(handle, "hipTrtWorkspaceSize");
+    library.workspaceSizeV2 = symbol<decltype(&hipTrtV2WorkspaceSize)>(handle, "hipTrtV2WorkspaceSize");
     if (!CHECK(creator != nullptr)
         || !CHECK_EQUAL(std::string{creator->getInterfaceInfo().kind}, "PLUGIN CREATOR_V3ONE"))
     {
@@ -102,10 +103,11 @@ bool loadWith(Registry& registry, char const* path, Library& library)
     library.unload = [&registry, registered, handle]
     {
         registry.deregisterLibrary(registered);
-        CHECK(registry.getCreator("HipAttention", "1", "") == nullptr);
+        // Of a library with several creators TensorRT-RTX 1.7 forgets the last only.
+        CHECK(registry.getCreator("HipAttention", "2", "") == nullptr);
         dlclose(handle);
     };
-    return bind(handle, registry.getCreator("HipAttention", "1", ""), library);
+    return bind(handle, registry.getCreator("HipAttention", gOperator.pluginVersion, ""), library);
 }
 
 } // namespace
@@ -126,7 +128,19 @@ bool load(char const* path, HostLogger& logger, Library& library)
     int32_t count = 0;
     nvinfer1::IPluginCreatorInterface* const* const creators = getCreators(count);
     library.unload = [handle] { dlclose(handle); };
-    return CHECK_EQUAL(count, 1) && CHECK(creators != nullptr) && bind(handle, creators[0], library);
+    if (!CHECK_EQUAL(count, 2) || !CHECK(creators != nullptr))
+    {
+        return false;
+    }
+    for (int32_t i = 0; i < count; ++i)
+    {
+        auto* const creator = static_cast<nvinfer1::IPluginCreatorV3One*>(creators[i]);
+        if (gOperator.pluginVersion == std::string{creator->getPluginVersion()})
+        {
+            return bind(handle, creators[i], library);
+        }
+    }
+    return report(false, __FILE__, __LINE__, "no creator of this version");
 }
 
 bool loadThrough(char const* tensorrt, char const* path, HostLogger& logger, Library& library)

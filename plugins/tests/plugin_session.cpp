@@ -105,17 +105,17 @@ std::vector<PluginTensorDesc> withOutputs(Plugin const& plugin, SessionTensor co
     std::vector<PluginTensorDesc> tensors;
     std::vector<Dims> dims;
     std::vector<nvinfer1::DataType> types;
-    for (int i = 0; i < kINPUTS; ++i)
+    for (int i = 0; i < gOperator.inputs; ++i)
     {
         tensors.push_back(describe(inputs[i]));
         dims.push_back(tensors.back().dims);
         types.push_back(tensors.back().type);
     }
-    nvinfer1::DataType outputTypes[kOUTPUTS]{};
-    CHECK_EQUAL(plugin.build->getOutputDataTypes(outputTypes, kOUTPUTS, types.data(), kINPUTS), 0);
+    nvinfer1::DataType outputTypes[kMAX_OUTPUTS]{};
+    CHECK_EQUAL(plugin.build->getOutputDataTypes(outputTypes, gOperator.outputs, types.data(), gOperator.inputs), 0);
     OutputShapes const shapes{plugin, dims};
     CHECK_EQUAL(shapes.status, 0);
-    for (int i = 0; i < kOUTPUTS; ++i)
+    for (int i = 0; i < gOperator.outputs; ++i)
     {
         PluginTensorDesc desc{};
         desc.type = outputTypes[i];
@@ -231,9 +231,9 @@ int32_t pluginLayerOutputs(PluginLayer const* layer, SessionTensor const* inputs
         [&]
         {
             auto const tensors = withOutputs(layer->plugin, inputs);
-            for (int i = 0; i < kOUTPUTS; ++i)
+            for (int i = 0; i < gOperator.outputs; ++i)
             {
-                PluginTensorDesc const& desc = tensors[kINPUTS + i];
+                PluginTensorDesc const& desc = tensors[gOperator.inputs + i];
                 outputs[i].type = static_cast<int32_t>(desc.type);
                 outputs[i].rank = desc.dims.nbDims;
                 std::copy(desc.dims.d, desc.dims.d + desc.dims.nbDims, outputs[i].sizes);
@@ -242,7 +242,7 @@ int32_t pluginLayerOutputs(PluginLayer const* layer, SessionTensor const* inputs
         });
 }
 
-//! Build for calls of these sizes: kINPUTS tensors with -1 where sizes are dynamic, the smallest and the largest.
+//! Build for calls of these sizes: gOperator.inputs tensors with -1 where sizes are dynamic, the smallest and the largest.
 //! \return The workspace that the layer asks for, in bytes; 0 on failure.
 size_t pluginLayerConfigure(
     PluginLayer const* layer, SessionTensor const* dynamic, SessionTensor const* smallest, SessionTensor const* largest)
@@ -253,8 +253,8 @@ size_t pluginLayerConfigure(
             auto const descs = withOutputs(layer->plugin, dynamic);
             auto const least = withOutputs(layer->plugin, smallest);
             auto const most = withOutputs(layer->plugin, largest);
-            std::vector<nvinfer1::DynamicPluginTensorDesc> tensors(kINPUTS + kOUTPUTS);
-            for (int i = 0; i < kINPUTS + kOUTPUTS; ++i)
+            std::vector<nvinfer1::DynamicPluginTensorDesc> tensors(gOperator.inputs + gOperator.outputs);
+            for (int i = 0; i < gOperator.inputs + gOperator.outputs; ++i)
             {
                 tensors[i].desc = descs[i];
                 tensors[i].min = least[i].dims;
@@ -285,7 +285,7 @@ int32_t pluginLayerResize(PluginLayer* layer, SessionTensor const* inputs)
         {
             layer->tensors = withOutputs(layer->plugin, inputs);
             auto const* const tensors = layer->tensors.data();
-            CHECK_EQUAL(layer->plugin.runtime->onShapeChange(tensors, kINPUTS, tensors + kINPUTS, kOUTPUTS), 0);
+            CHECK_EQUAL(layer->plugin.runtime->onShapeChange(tensors, gOperator.inputs, tensors + gOperator.inputs, gOperator.outputs), 0);
             return 0;
         });
 }
@@ -296,7 +296,7 @@ int32_t pluginLayerEnqueue(
 {
     auto const* const tensors = layer->tensors.data();
     return layer->plugin.runtime->enqueue(
-        tensors, tensors + kINPUTS, inputs, outputs, workspace, static_cast<cudaStream_t>(stream));
+        tensors, tensors + gOperator.inputs, inputs, outputs, workspace, static_cast<cudaStream_t>(stream));
 }
 
 void pluginLayerDestroy(PluginLayer* layer)

@@ -15,8 +15,12 @@ import pytest
 import torch
 from decode_cluster_cases import DECODE_GRID
 from kernel_checks import KERNEL_GRID, TYPES, check, every_type, renumber_pages, rotated_types, run, same_bits
+from kernel_v2_checks import check_chain
 from operator_cases import GRID, Case, make_inputs, named
 from plugin_host import HostedPlugin, find_host, hosted, tensorrt_libraries, tensorrt_name
+from v2_chains import GRID as CHAINS
+from v2_chains import Chain
+from v2_chains import rotated_types as rotated_chains
 
 from hip_trt import library as binding
 from hip_trt.config import HipConfig
@@ -50,6 +54,18 @@ LLAMA_CASES = tuple(
 def plugin(request: pytest.FixtureRequest) -> Iterator[HostedPlugin]:
     path = os.environ.get("HIP_TRT_LIBRARY") or binding.plugin_path()
     yield from hosted(find_host(), Path(path), request.param)
+
+
+@pytest.fixture(scope="module", params=tensorrt_libraries(), ids=tensorrt_name)
+def plugin_v2(request: pytest.FixtureRequest) -> Iterator[HostedPlugin]:
+    path = os.environ.get("HIP_TRT_LIBRARY") or binding.plugin_path()
+    yield from hosted(find_host(), Path(path), request.param, 2)
+
+
+@pytest.mark.parametrize("alias", [False, True])
+@pytest.mark.parametrize("chain", rotated_chains(CHAINS), ids=str)
+def test_version_2_agrees_with_reference(plugin_v2: HostedPlugin, chain: Chain, alias: bool) -> None:
+    check_chain(plugin_v2, chain, "cpu", alias=alias, chosen=False)
 
 
 @pytest.mark.parametrize("case", [
