@@ -184,7 +184,7 @@ def _require_inside(path: Path, location: str) -> None:
     if pure.is_absolute() or ".." in pure.parts or not inside:
         raise EngineError(
             f"{path}: it looks for weights in {location!r}, which is outside its folder: refused.",
-            "Use a model from a source that you trust, or export again with --copy-weights.",
+            "Use a model from a source that you trust, or export again without --link-weights.",
         )
 
 
