@@ -25,7 +25,7 @@ from hip_trt.export.profiles import EngineLimits, graph_shapes, profiles
 from hip_trt.fat_binary import compiled_for
 from hip_trt.files import Staging, format_size, require_space, staging
 from hip_trt.gpu import ComputeCapability, current_gpu
-from hip_trt.onnx_file import OnnxFile, read_onnx
+from hip_trt.onnx_file import OnnxFile, read_onnx, without_links
 from hip_trt.progress import Steps
 from hip_trt.sidecar import FileRecord, PlanWeights, ProfileRecord, Sidecar, TensorRecord, sidecar_path
 from hip_trt.tensorrt_flavour import (
@@ -286,11 +286,11 @@ class _Build:
     def parse(self) -> None:
         """Turn the ONNX graph, without the function that the plugin replaces, into TensorRT's network, and check it."""
         path = self.source.path
-        model = strip_function(self.source.model)
+        model, folder = without_links(strip_function(self.source.model), path)
         if self.weights == "bound":
             self.bound = _bind_matrices(model)
         with self.flavour.messages() as log:
-            if not self.parser.parse(model.SerializeToString(), str(path.resolve())):
+            if not self.parser.parse(model.SerializeToString(), str(folder / path.name)):
                 raise EngineError(f"{path}: {self.flavour} cannot read the model: {self._parser_error(log)}.")
         self._require_plugin_layers()
         self._require_inputs()

@@ -83,8 +83,8 @@ def export_onnx(
     plain ONNX Runtime runs it. Beside it go the tokenizer, config.json, generation_config.json and hip_config.yaml. All
     files appear when all is done, the .onnx file last; a failure or an interrupt leaves what was there before.
 
-    Weights are copied, one at a time. A model in the checkpoint's own folder points at the checkpoint's safetensors files
-    instead, where no conversion is asked for (:mod:`hip_trt.export.weights`).
+    Weights are copied, one at a time. A model in the checkpoint's own folder points at the checkpoint's safetensors
+    files instead, where no conversion is asked for (:mod:`hip_trt.export.weights`).
 
     Args:
         model: a Hugging Face folder with safetensors weights, a .gguf file (dequantized), or a hub id.

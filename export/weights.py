@@ -1,7 +1,7 @@
 """Where an exported model's weights lie: in one file of the model's own, or in the checkpoint's files.
 
-They are copied, one at a time, into a file that every tool reads. Two cases spare the copy, as ONNX refers to weights by
-file, offset and length, and a safetensors file is weights one after the other behind a header, so that the graph can
+They are copied, one at a time, into a file that every tool reads. Two cases spare the copy, as ONNX refers to weights
+by file, offset and length, and a safetensors file is weights one after the other behind a header, so that the graph can
 point straight into it. A model in the checkpoint's own folder points at the checkpoint's files as they lie. And where
 the user asks for links, so does one in a folder above, and elsewhere the files get hard links in the model's folder,
 which take no space: they are the same files under a second name, and stay when the first goes. (Runtimes read files of

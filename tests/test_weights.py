@@ -126,7 +126,7 @@ def test_hub_cache_of_links(export: Exporter, checkpoint: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("where", ["", "checkpoint"], ids=["above", "within"])
 def test_in_place(export: Exporter, checkpoint: Path, copied: ExportedModel, tmp_path: Path, where: str) -> None:
-    """In the checkpoint's folder, or on request above it, its files are pointed at as they lie, and every tool takes them."""
+    """In the checkpoint's folder, or on request above it, its files are pointed at; every tool takes them."""
     source = Path(shutil.copytree(checkpoint, tmp_path / "out" / "checkpoint"))
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     model = export(source, tmp_path / "out" / where / "model.onnx", link_weights=not where)
