@@ -129,7 +129,7 @@ def export_onnx(
     path = out if out.suffix == ".onnx" else out / "model.onnx"
     if path.is_dir():
         raise ExportError(f"{path}: a folder stands where a file should go.", "Choose another --out.")
-    with staging(path.parent) as stage:
+    with staging(path.parent, exclusive=True) as stage:
         checkpoint = open_checkpoint(model, max_context=max_context, allow_download=allow_download, steps=steps)
         spec = _spec(checkpoint, config, dtype, logits)
         if check is not None:

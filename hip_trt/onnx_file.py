@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hip_trt import operator
 from hip_trt.errors import EngineError
-from hip_trt.files import sha256
+from hip_trt.files import require_whole, sha256
 from hip_trt.spec import METADATA_KEY, ModelSpec, require_format
 
 WEIGHTS_KEY = "hip_trt_weights"
@@ -102,10 +102,11 @@ def read_onnx(path: str | Path) -> OnnxFile:
     since the export: then their checksum decides.
 
     Raises:
-        EngineError: the file or its weights are missing, damaged, changed or outside its folder, or it is not from
-            hip-trt, or of another format.
+        EngineError: the file or its weights are missing, damaged, changed or outside its folder, an export into it is
+            half done, or it is not from hip-trt, or of another format.
     """
     path = Path(path)
+    require_whole(path.parent)
     if not path.is_file():
         raise EngineError(f"{path}: no such file.", "Make one with `hip-trt export --model MODEL --out model.onnx`.")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -184,6 +185,7 @@ def export(
 
     Nothing is retrained. Results appear when all is done: a failure or Ctrl-C leaves what was there before.
     """
+    from hip_trt.files import staging
     from hip_trt.progress import Steps
 
     set_verbose(verbose)
@@ -198,33 +200,35 @@ def export(
     if not wants_plan:
         _refuse_engine_options(to, strip_weights=strip_weights, weight_streaming=weight_streaming)
     build = _engine_builder(runtime, compute_capability or []) if wants_plan else None
-    if not is_onnx:
-        from hip_trt.export import export_onnx
+    both = wants_plan and not is_onnx
+    with staging(to.parent, exclusive=True) if both else nullcontext():  # nobody exports between model and engine
+        if not is_onnx:
+            from hip_trt.export import export_onnx
 
-        def check_engine(spec: ModelSpec) -> None:
-            """Refuse now what the engine's build would refuse after the model's long export."""
-            from hip_trt import library
-            from hip_trt.export.profiles import EngineLimits
+            def check_engine(spec: ModelSpec) -> None:
+                """Refuse now what the engine's build would refuse after the model's long export."""
+                from hip_trt import library
+                from hip_trt.export.profiles import EngineLimits
 
-            library.validate(spec)
-            EngineLimits.resolve(
-                spec, max_batch=max_batch, max_prefill=max_prefill, max_seq_len=max_seq_len, max_pages=max_pages
+                library.validate(spec)
+                EngineLimits.resolve(
+                    spec, max_batch=max_batch, max_prefill=max_prefill, max_seq_len=max_seq_len, max_pages=max_pages
+                )
+
+            exported = to.parent / _ONNX_NAME if wants_plan else to
+            made = export_onnx(
+                model, exported, config=resolve_config(config_file, fields), allow_download=allow_download, steps=steps,
+                dtype=cast("DType | None", dtype), logits=cast("Logits", logits or "last"),  # it refuses other values
+                max_context=max_context, check=check_engine if wants_plan else None, link_weights=link_weights,
+                quantize=cast("Quantization | None", quantize),
             )
-
-        exported = to.parent / _ONNX_NAME if wants_plan else to
-        made = export_onnx(
-            model, exported, config=resolve_config(config_file, fields), allow_download=allow_download, steps=steps,
-            dtype=cast("DType | None", dtype), logits=cast("Logits", logits or "last"),  # it refuses any other value
-            max_context=max_context, check=check_engine if wants_plan else None, link_weights=link_weights,
-            quantize=cast("Quantization | None", quantize),
-        )
-        _report_model(made)
-    if build is not None:
-        sidecar = build(
-            exported, to, max_batch=max_batch, max_prefill=max_prefill, max_seq_len=max_seq_len, max_pages=max_pages,
-            strip_weights=strip_weights, weight_streaming=weight_streaming, steps=steps,
-        )
-        _report_engine(to, sidecar)
+            _report_model(made)
+        if build is not None:
+            sidecar = build(
+                exported, to, max_batch=max_batch, max_prefill=max_prefill, max_seq_len=max_seq_len,
+                max_pages=max_pages, strip_weights=strip_weights, weight_streaming=weight_streaming, steps=steps,
+            )
+            _report_engine(to, sidecar)
 
 
 def _refuse_model_options(model: Path, to: Path, **options: Any) -> None:

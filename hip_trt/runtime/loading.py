@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from transformers import AutoTokenizer, GenerationConfig
 
 from hip_trt.errors import EngineError, EnvironmentProblem, RuntimeInputError
+from hip_trt.files import require_whole
 from hip_trt.offload import Offload
 from hip_trt.runtime.executor import Executor
 from hip_trt.runtime.generator import Generator
@@ -92,6 +93,7 @@ def load_tokenizer(folder: str | Path, *, required: bool = True) -> Any:
         EnvironmentProblem: if it is missing but required, or damaged.
     """
     folder = Path(folder)
+    require_whole(folder)
     if not (folder / "tokenizer_config.json").is_file():
         if required:
             raise EnvironmentProblem(f"{folder}: no tokenizer_config.json.", "Name a folder with a tokenizer.")
