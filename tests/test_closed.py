@@ -103,7 +103,7 @@ def guarded(folder: Path, fakes: Path, *commands: list[str]) -> list[dict[str, A
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-STUDY = "--texts '' --text {out}/text.txt --max-tokens 128 --out {out}/eval"
+STUDY = "--texts '' --text {out}/text.txt --max-tokens 512 --out {out}/eval"
 SMALL = "--mask-k 32 --decode-mask-k 32 --sink-tokens 16 --window-tokens 16"
 COMMANDS = {
     "export": "export --model {folder}/checkpoint --out {out}/export/model.onnx",
