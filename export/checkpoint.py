@@ -21,11 +21,10 @@ from hip_trt.export.gguf_file import read_gguf
 from hip_trt.export.hub import fetch, looks_like_hub_id
 from hip_trt.export.safetensors_folder import stored_tensors
 from hip_trt.export.stored import StoredTensor
-from hip_trt.huggingface.closed import TOKENIZER_FILES, closed, load_tokenizer
+from hip_trt.huggingface.closed import TOKENIZER_FILES, VOCABULARIES, closed, load_tokenizer
 from hip_trt.model_support import check_model, check_sizes, resolve_context
 from hip_trt.progress import Steps
 
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TOKEN_IDS_ONLY = "the exported model takes token ids only."
 _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -66,8 +65,8 @@ class Checkpoint:
                     tokenizer = load_tokenizer(self.path)
                 tokenizer.save_pretrained(folder)
             else:
-                if not any((self.path / name).is_file() for name in _VOCABULARIES):
-                    return [f"{self.path}: no {' or '.join(_VOCABULARIES)}: {_TOKEN_IDS_ONLY}"]
+                if not any((self.path / name).is_file() for name in VOCABULARIES):
+                    return [f"{self.path}: no {' or '.join(VOCABULARIES)}: {_TOKEN_IDS_ONLY}"]
                 for name in TOKENIZER_FILES:
                     if (self.path / name).is_file():
                         shutil.copyfile(self.path / name, folder / name)

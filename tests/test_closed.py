@@ -1,4 +1,4 @@
-"""A model folder is data: no command runs its code, asks on standard input, starts programs or reaches for the network."""
+"""A model folder is data: no command runs its code, asks anything, starts programs or reaches for the network."""
 
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ SMALL = "--mask-k 32 --decode-mask-k 32 --sink-tokens 16 --window-tokens 16"
 COMMANDS = {
     "export": "export --model {folder}/checkpoint --out {out}/export/model.onnx",
     "export within": "export --model {folder}/checkpoint --out {folder}/checkpoint/model.onnx --dtype float32",
-    "build": "export --model {folder}/model.onnx --out {out}/plan/engine.plan --max-seq-len 64 --compute-capability 8.0",
+    "build": "export --model {folder}/model.onnx --out {out}/plan/engine.plan --max-seq-len 64 "
+    "--compute-capability 8.0",
     "inspect": "inspect {folder}/model.onnx",
     "inspect plan": "inspect {out}/plan/engine.plan",
     "run": "run {folder}/model.onnx --prompt hello -n 2",

@@ -119,7 +119,7 @@ def export(
         bool,
         typer.Option(
             "--allow-download", rich_help_panel=_MODEL_PANEL,
-            help="Fetch a hub id that is not in the local Hugging Face cache.",
+            help="Fetch a hub id that the local Hugging Face cache lacks, or what it lacks of it.",
         ),
     ] = False,
     runtime: Annotated[

@@ -20,6 +20,8 @@ TOKENIZER_FILES: Final = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )
+VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Files of which a tokenizer has one."""
 _FOREIGN: Final = frozenset({
     "auto_map", "custom_pipelines", "custom_generate",  # code
     "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
