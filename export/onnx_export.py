@@ -252,8 +252,9 @@ def _constants(checkpoint: Checkpoint) -> dict[str, Tensor]:
 def _obsolete(stem: str, side_files: Sequence[str]) -> re.Pattern[str]:
     """Names of what an earlier export of this name may have left: its weights, and, where this one brings its own
     configuration, tokenizer files of other kinds."""
-    hexadecimal = f"[0-9a-f]{{{NAME_DIGITS}}}"
-    names = [re.escape(name(stem, "#")).replace("\\#", hexadecimal) for name in (data_name, link_name)]
+    digits, hexadecimal = "0" * NAME_DIGITS, f"[0-9a-f]{{{NAME_DIGITS}}}"
+    parts = (re.escape(name(stem, digits)).rpartition(digits) for name in (data_name, link_name))
+    names = [f"{before}{hexadecimal}{after}" for before, _, after in parts]
     if "config.json" in side_files:
         names += map(re.escape, SHARED_FILES)
     return re.compile("|".join(names))

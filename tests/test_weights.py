@@ -238,6 +238,15 @@ def test_replacing_links(export: Exporter, checkpoint: Path, tmp_path: Path) -> 
     assert [path.name for path in out.iterdir() if "-" in path.name] == [third.data[0].name]
 
 
+@pytest.mark.parametrize("stem", ["my#model", "m[0-9]", "000000000000"])
+def test_replaced_weights_go_whatever_the_name(export: Exporter, checkpoint: Path, tmp_path: Path, stem: str) -> None:
+    first = export(checkpoint, tmp_path / f"{stem}.onnx")
+    other = save_checkpoint(tmp_path / "other", tiny_llama(seed=1, num_hidden_layers=1))
+    second = export(other, tmp_path / f"{stem}.onnx")
+    assert not first.data[0].exists()
+    assert [path for path in tmp_path.iterdir() if path.suffix == ".data"] == list(second.data)
+
+
 def test_space_for_a_copy_is_checked_first(
     export: Exporter, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
