@@ -1,6 +1,7 @@
 // The C ABI of decode, version 2: checks, then the kernels of one call in order.
 #include "hip_decode.h"
 
+#include "complaint.cuh"
 #include "decode_plan.cuh"
 
 #include <algorithm>
@@ -89,11 +90,19 @@ HipTrtStatus launchAll(const HipTrtDecodeParams& params, bool append_only, cudaS
 HipTrtStatus hipTrtDecodeValidate(
     const HipTrtDecodeConfig* config, const HipTrtShape* shape, char* message, size_t message_size)
 {
+    if (config == nullptr || shape == nullptr)
+    {
+        return hip_trt::missing(message, message_size);
+    }
     return hip_trt::decode::validate(*config, *shape, false, hip_trt::decode::kMaxRows, message, message_size);
 }
 
 HipTrtStatus hipTrtDecodeWorkspace(const HipTrtDecodeConfig* config, const HipTrtShape* shape, size_t* bytes)
 {
+    if (config == nullptr || shape == nullptr || bytes == nullptr)
+    {
+        return HIP_TRT_INVALID_ARGUMENT;
+    }
     const HipTrtStatus status
         = hip_trt::decode::validate(*config, *shape, true, hip_trt::decode::kMaxRows, nullptr, 0);
     if (status == HIP_TRT_SUCCESS)
@@ -105,6 +114,10 @@ HipTrtStatus hipTrtDecodeWorkspace(const HipTrtDecodeConfig* config, const HipTr
 
 HipTrtStatus hipTrtDecode(const HipTrtDecodeParams* params, cudaStream_t stream)
 {
+    if (params == nullptr)
+    {
+        return HIP_TRT_INVALID_ARGUMENT;
+    }
     const HipTrtStatus status
         = hip_trt::decode::validate(params->config, params->shape, true, hip_trt::decode::kMaxRows, nullptr, 0);
     if (status != HIP_TRT_SUCCESS)
@@ -126,6 +139,10 @@ HipTrtStatus hipTrtDecode(const HipTrtDecodeParams* params, cudaStream_t stream)
 
 HipTrtStatus hipTrtDecodeAppend(const HipTrtDecodeParams* params, cudaStream_t stream)
 {
+    if (params == nullptr)
+    {
+        return HIP_TRT_INVALID_ARGUMENT;
+    }
     const HipTrtStatus status
         = hip_trt::decode::validate(params->config, params->shape, true, hip_trt::decode::kMaxChunkRows, nullptr, 0);
     if (status != HIP_TRT_SUCCESS)

@@ -238,6 +238,11 @@ int32_t HipAttentionPlugin::onShapeChange(
 int32_t HipAttentionPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const* /*outputDesc*/,
     void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream) noexcept
 {
+    if (inputDesc == nullptr || inputs == nullptr || outputs == nullptr)
+    {
+        logError(mLayer, "enqueue: a pointer is missing");
+        return kFAILURE;
+    }
     std::string message;
     std::optional<HipTrtShape> const shape = shapeOf(mConfig, inputDesc, message);
     if (!shape)

@@ -64,7 +64,7 @@ constexpr char const* kOUTPUT_NAMES[kOUTPUTS] = {"output", "present_key", "prese
 std::string text(Dims const& dims)
 {
     std::string line = "[";
-    for (int32_t i = 0; i < dims.nbDims; ++i)
+    for (int32_t i = 0; i < std::min(dims.nbDims, Dims::MAX_DIMS); ++i)
     {
         line += concat(i == 0 ? "" : ", ", dims.d[i]);
     }
