@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from hip_trt.errors import CheckpointError, ConfigError
@@ -21,14 +21,10 @@ from hip_trt.export.gguf_file import read_gguf
 from hip_trt.export.hub import fetch, looks_like_hub_id
 from hip_trt.export.safetensors_folder import stored_tensors
 from hip_trt.export.stored import StoredTensor
+from hip_trt.huggingface.closed import TOKENIZER_FILES, VOCABULARIES, closed, load_tokenizer
 from hip_trt.model_support import check_model, check_sizes, resolve_context
 from hip_trt.progress import Steps
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-)
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TOKEN_IDS_ONLY = "the exported model takes token ids only."
 _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -62,21 +58,21 @@ class Checkpoint:
 
     def save_tokenizer(self, folder: Path) -> list[str]:
         """Write the tokenizer's files and check that it loads; warnings if it does not, is missing, or does not fit."""
+        warnings: list[str] = []
         try:
             if self.path.is_file():
                 with _quiet():
-                    tokenizer = AutoTokenizer.from_pretrained(
-                        self.path.parent, gguf_file=self.path.name, local_files_only=True
-                    )
+                    tokenizer = load_tokenizer(self.path)
                 tokenizer.save_pretrained(folder)
             else:
-                if not any((self.path / name).is_file() for name in _VOCABULARIES):
-                    return [f"{self.path}: no {' or '.join(_VOCABULARIES)}: {_TOKEN_IDS_ONLY}"]
+                if not any((self.path / name).is_file() for name in VOCABULARIES):
+                    return [f"{self.path}: no {' or '.join(VOCABULARIES)}: {_TOKEN_IDS_ONLY}"]
                 for name in TOKENIZER_FILES:
                     if (self.path / name).is_file():
                         shutil.copyfile(self.path / name, folder / name)
+                warnings += _close_tokenizer(folder, self.path)
                 with _quiet():
-                    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                    tokenizer = load_tokenizer(folder)
                 if not (folder / "tokenizer_config.json").is_file():  # how runtimes recognize a tokenizer
                     tokenizer.save_pretrained(folder)
         except OSError:
@@ -86,11 +82,11 @@ class Checkpoint:
                 (folder / name).unlink(missing_ok=True)
             return [f"{self.path}: its tokenizer cannot be loaded ({_one_line(error)}): {_TOKEN_IDS_ONLY}"]
         if len(tokenizer) > self.config.vocab_size:
-            return [
+            warnings.append(
                 f"{self.path}: its tokenizer has {len(tokenizer)} tokens and the model {self.config.vocab_size}: "
                 "prompts with the tokens beyond will fail."
-            ]
-        return []
+            )
+        return warnings
 
     def generation_config(self) -> GenerationConfig:
         """The checkpoint's own, or one with the configuration's special tokens."""
@@ -192,7 +188,20 @@ def _read_config(path: Path, where: Path) -> dict[str, Any]:
         raise CheckpointError(f"{where}: not valid JSON ({_one_line(error)}).", "Download it again.") from None
     if not isinstance(fields, dict):
         raise CheckpointError(f"{where}: not a model's configuration.", "Give a folder in Hugging Face format.")
-    return fields
+    return closed(fields)  # type: ignore[no-any-return]
+
+
+def _close_tokenizer(folder: Path, source: Path) -> list[str]:
+    """Take from a copied tokenizer what names code, repositories or paths; a warning where it named code."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return []
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    if closed(fields) != fields:
+        path.write_text(json.dumps(closed(fields), indent=2, ensure_ascii=False), encoding="utf-8")
+    if "auto_map" not in fields:
+        return []
+    return [f"{source}: its tokenizer names Python code of its own (auto_map), which is not run."]
 
 
 def _settle_tied(config: PreTrainedConfig, tensors: dict[str, StoredTensor]) -> None:

@@ -25,7 +25,7 @@ from hip_trt.export.profiles import EngineLimits, graph_shapes, profiles
 from hip_trt.fat_binary import compiled_for
 from hip_trt.files import Staging, format_size, require_space, staging
 from hip_trt.gpu import ComputeCapability, current_gpu
-from hip_trt.onnx_file import OnnxFile, read_onnx
+from hip_trt.onnx_file import OnnxFile, read_onnx, without_links
 from hip_trt.progress import Steps
 from hip_trt.sidecar import FileRecord, PlanWeights, ProfileRecord, Sidecar, TensorRecord, sidecar_path
 from hip_trt.tensorrt_flavour import (
@@ -105,7 +105,7 @@ def build_engine(
     library.validate(source.spec)
     plugin = library.plugin_path()
     flavour.load_plugin(plugin)
-    with staging(out.parent) as stage:
+    with staging(out.parent, exclusive=True) as stage:
         if weights == "embedded":
             require_space(stage.target, _size(source.data))
         build = _Build(flavour, source, limits, targets, weights, weight_streaming)
@@ -117,7 +117,7 @@ def build_engine(
         with steps.step("Checksum the model", total=_size(unknown)) as advance:
             model = tuple(_record(source, path, advance) for path in source.files)
         companions = _stage_companions(source.path.parent, stage)
-        sidecar = build.describe(plan, model)
+        sidecar = build.describe(plan, model, _companion_records(stage))
         (stage.path / sidecar_path(out).name).write_text(sidecar.model_dump_json(), encoding="utf-8")
         stage.publish([*companions, out.name, sidecar_path(out).name])
     return sidecar
@@ -190,6 +190,15 @@ def _stage_companions(folder: Path, stage: Staging) -> list[str]:
             )
         shutil.copyfile(folder / name, stage.path / name)
     return names
+
+
+def _companion_records(stage: Staging) -> tuple[FileRecord, ...]:
+    """What stands beside the plan when it is published, but for config.json, which no runtime reads."""
+    paths = (
+        next((folder / name for folder in (stage.path, stage.target) if (folder / name).is_file()), None)
+        for name in SHARED_FILES if name != "config.json"
+    )
+    return tuple(FileRecord.of(path) for path in paths if path is not None)
 
 
 def resolve_compute_capabilities(
@@ -286,11 +295,11 @@ class _Build:
     def parse(self) -> None:
         """Turn the ONNX graph, without the function that the plugin replaces, into TensorRT's network, and check it."""
         path = self.source.path
-        model = strip_function(self.source.model)
+        model, folder = without_links(strip_function(self.source.model), path)
         if self.weights == "bound":
             self.bound = _bind_matrices(model)
         with self.flavour.messages() as log:
-            if not self.parser.parse(model.SerializeToString(), str(path.resolve())):
+            if not self.parser.parse(model.SerializeToString(), str(folder / path.name)):
                 raise EngineError(f"{path}: {self.flavour} cannot read the model: {self._parser_error(log)}.")
         self._require_plugin_layers()
         self._require_inputs()
@@ -310,13 +319,16 @@ class _Build:
             )
         return FileRecord(name=name, size=plan.size, sha256=plan.digest.hexdigest())
 
-    def describe(self, plan: FileRecord, model: tuple[FileRecord, ...]) -> Sidecar:
+    def describe(
+        self, plan: FileRecord, model: tuple[FileRecord, ...], companions: tuple[FileRecord, ...]
+    ) -> Sidecar:
         """What was built, as TensorRT's own interfaces tell it."""
         network = self.network
         inputs = [_tensor(network.get_input(index)) for index in range(network.num_inputs)]
         return Sidecar(
             plan=plan,
             model=model,
+            companions=companions,
             weights=self.weights,
             bound=tuple(tensor for tensor in inputs if tensor.name in self.bound),
             weight_streaming=self.weight_streaming,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hip_trt.config import HipConfig
 from hip_trt.errors import ConfigError, ExportError
-from hip_trt.export.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint
+from hip_trt.export.checkpoint import Checkpoint, open_checkpoint
 from hip_trt.export.function import add_function
 from hip_trt.export.graph import buffers, parameter_shapes, trace
 from hip_trt.export.int4 import OPSET as INT4_OPSET
@@ -23,6 +23,7 @@ from hip_trt.export.int4 import quantizer
 from hip_trt.export.stored import check_shapes
 from hip_trt.export.weights import Placement, data_name, link_name, plan_weights, write_weights
 from hip_trt.files import Staging, require_space, staging
+from hip_trt.huggingface.closed import TOKENIZER_FILES
 from hip_trt.model_support import heads
 from hip_trt.onnx_file import NAME_DIGITS, WEIGHTS_FILES, WEIGHTS_KEY, WeightsFile
 from hip_trt.progress import Steps
@@ -71,7 +72,7 @@ def export_onnx(
     dtype: DType | None = None,
     logits: Logits = "last",
     max_context: int | None = None,
-    copy_weights: bool = False,
+    link_weights: bool = False,
     quantize: Quantization | None = None,
     allow_download: bool = False,
     check: Callable[[ModelSpec], None] | None = None,
@@ -83,9 +84,8 @@ def export_onnx(
     plain ONNX Runtime runs it. Beside it go the tokenizer, config.json, generation_config.json and hip_config.yaml. All
     files appear when all is done, the .onnx file last; a failure or an interrupt leaves what was there before.
 
-    Weights stay in the checkpoint's safetensors files where they can (:mod:`hip_trt.export.weights`): they are pointed
-    at if ``out`` is the checkpoint's folder or one above it, and linked into the folder of ``out`` otherwise. They are
-    copied, one at a time, where they must be converted, or lie on another file system.
+    Weights are copied, one at a time. A model in the checkpoint's own folder points at the checkpoint's safetensors
+    files instead, where no conversion is asked for (:mod:`hip_trt.export.weights`).
 
     Args:
         model: a Hugging Face folder with safetensors weights, a .gguf file (dequantized), or a hub id.
@@ -96,7 +96,8 @@ def export_onnx(
         logits: "last": of the last valid token of each row, [B, 1, vocab_size]; "all": of every token.
         max_context: longest context that the exported model will be given, in tokens; by default the model's own. A
             model that attends in another way beyond some length (a sliding window) can be exported up to it.
-        copy_weights: copy all weights, which makes a folder that is independent of the checkpoint.
+        link_weights: copy nothing that need not be converted: point at safetensors files below the folder of ``out``,
+            and make hard links to others, which need the same file system. The package onnx refuses hard links.
         quantize: "int4": weights of linear layers in four bits, rounded to nearest in blocks that share a scale; needs
             NVIDIA Model Optimizer. Embeddings, logits and the KV cache keep their type.
         allow_download: whether a hub id that is not in the local Hugging Face cache may be fetched.
@@ -119,19 +120,24 @@ def export_onnx(
     _check_choice("logits", logits, get_args(Logits))
     _check_choice("quantize", quantize, (None, *get_args(Quantization)))
     if quantize is not None:
+        if link_weights:
+            raise ExportError(
+                "link_weights: not allowed with quantize: what is not quantized is copied too.",
+                "Choose one of --link-weights and --quantize.",
+            )
         quantizer()  # refuses now, if it must
     out = Path(out)
     path = out if out.suffix == ".onnx" else out / "model.onnx"
     if path.is_dir():
         raise ExportError(f"{path}: a folder stands where a file should go.", "Choose another --out.")
-    with staging(path.parent) as stage:
+    with staging(path.parent, exclusive=True) as stage:
         checkpoint = open_checkpoint(model, max_context=max_context, allow_download=allow_download, steps=steps)
         spec = _spec(checkpoint, config, dtype, logits)
         if check is not None:
             check(spec)
         shapes = parameter_shapes(checkpoint.family, checkpoint.config)
         warnings = _check_checkpoint(checkpoint, shapes)
-        plan = plan_weights(checkpoint.tensors, shapes, spec.torch_dtype, stage, copy=copy_weights,
+        plan = plan_weights(checkpoint.tensors, shapes, spec.torch_dtype, stage, link=link_weights,
                             quantize=quantize is not None)
         require_space(stage.target, plan.copied + _SPARE)
         if plan.warning:
@@ -247,8 +253,9 @@ def _constants(checkpoint: Checkpoint) -> dict[str, Tensor]:
 def _obsolete(stem: str, side_files: Sequence[str]) -> re.Pattern[str]:
     """Names of what an earlier export of this name may have left: its weights, and, where this one brings its own
     configuration, tokenizer files of other kinds."""
-    hexadecimal = f"[0-9a-f]{{{NAME_DIGITS}}}"
-    names = [re.escape(name(stem, "#")).replace("\\#", hexadecimal) for name in (data_name, link_name)]
+    digits, hexadecimal = "0" * NAME_DIGITS, f"[0-9a-f]{{{NAME_DIGITS}}}"
+    parts = (re.escape(name(stem, digits)).rpartition(digits) for name in (data_name, link_name))
+    names = [f"{before}{hexadecimal}{after}" for before, _, after in parts]
     if "config.json" in side_files:
         names += map(re.escape, SHARED_FILES)
     return re.compile("|".join(names))

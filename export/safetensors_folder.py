@@ -20,7 +20,7 @@ from torch import Tensor
 from hip_trt.errors import CheckpointError
 from hip_trt.export.stored import Extent, StoredTensor
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _AGAIN = "Download it again."
 _LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
@@ -34,7 +34,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             other shards than these, or weights quantized.
     """
     index = _read_index(folder)
-    shards = [_SINGLE] if index is None else sorted(set(index.values()))
+    shards = [SINGLE] if index is None else sorted(set(index.values()))
     tensors: dict[str, StoredTensor] = {}
     home: dict[str, str] = {}
     for shard in shards:
@@ -48,7 +48,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         if home.get(name) != shard:
             found = f"; it is in {home[name]}" if name in home else ""
             raise CheckpointError(
-                f"{folder / _INDEX}: it says that the weight {name} is in {shard}, which does not hold it{found}.",
+                f"{folder / INDEX}: it says that the weight {name} is in {shard}, which does not hold it{found}.",
                 "Index and shards are of different downloads.",
             )
     return tensors
@@ -56,16 +56,16 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 def _read_index(folder: Path) -> dict[str, str] | None:
     """Which shard holds each weight; None for a folder with a single file."""
-    index = folder / _INDEX
+    index = folder / INDEX
     if not index.is_file():
-        if (folder / _SINGLE).is_file():
+        if (folder / SINGLE).is_file():
             return None
         if any(folder.glob("pytorch_model*.bin")):
             raise CheckpointError(
                 f"{folder}: its weights are pickled (.bin) files, which can run code when they are read.",
                 "Convert them: load the model with transformers and call save_pretrained(), which writes safetensors.",
             )
-        raise CheckpointError(f"{folder}: no {_SINGLE} and no {_INDEX}.", "The download may be incomplete.")
+        raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX}.", "The download may be incomplete.")
     try:
         held: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         shards = sorted(set(held.values()))

@@ -1,11 +1,13 @@
-"""Where an exported model's weights lie: in the checkpoint's own files, or in one of the model's own.
+"""Where an exported model's weights lie: in one file of the model's own, or in the checkpoint's files.
 
-ONNX refers to weights by file, offset and length, and a safetensors file is weights one after the other behind a
-header: so the graph can point straight into it. Runtimes read files of the model's folder and below only, and follow no
-link that leads out of it. So a checkpoint within that folder is pointed at as it lies, and another one on the same file
-system gets hard links in that folder, which take no space: they are the same files under a second name, and stay when
-the first goes. (ONNX Runtime and TensorRT take hard links; the Python package onnx refuses them.) What is stored in
-another type than the model's, or quantized, or on another file system, is copied, one weight at a time.
+They are copied, one at a time, into a file that every tool reads. Two cases spare the copy, as ONNX refers to weights
+by file, offset and length, and a safetensors file is weights one after the other behind a header, so that the graph can
+point straight into it. A model in the checkpoint's own folder points at the checkpoint's files as they lie. And where
+the user asks for links, so does one in a folder above, and elsewhere the files get hard links in the model's folder,
+which take no space: they are the same files under a second name, and stay when the first goes. (Runtimes read files of
+the model's folder and below only, and follow no symbolic link that leads out of it. ONNX Runtime and TensorRT take hard
+links; the Python package onnx refuses them.) What is stored in another type than the model's, or quantized, or on
+another file system, is copied in any case.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ class WeightsPlan:
 
 def plan_weights(
     tensors: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, stage: Staging, *,
-    copy: bool, quantize: bool = False,
+    link: bool, quantize: bool = False,
 ) -> WeightsPlan:
     """Decide which weights stay in the checkpoint's files.
 
@@ -75,22 +77,23 @@ def plan_weights(
         shapes: the parameters that the model has.
         dtype: the model's type.
         stage: where the model is made. Links are made here at once, which shows whether they can be.
-        copy: whether to copy everything.
+        link: whether to link what lies elsewhere.
         quantize: whether to write the weights of linear layers in four bits; then the others are copied beside them.
     """
-    copy = copy or quantize
     quantized = quantized_parameters(shapes) if quantize else {}
     extents = {name: tensors[name].extent for name in shapes}
     stay = {
         name: extent for name, extent in extents.items()
-        if extent is not None and extent.dtype == dtype and not copy
+        if extent is not None and extent.dtype == dtype and not quantize
     }
     files: dict[Path, str | None] = {}
     warning = ""
     target = stage.target.resolve()
     for path in {extent.path.resolve(): None for extent in stay.values()}:
-        if path.is_relative_to(target):
+        if path.parent == target or (link and path.is_relative_to(target)):
             files[path] = path.relative_to(target).as_posix()
+            continue
+        if not link:
             continue
         try:
             os.link(path, _link(stage, len(files)))

@@ -201,6 +201,10 @@ class Library:
             RuntimeInputError: a tensor's shape, type, device or layout does not fit.
             PluginError: a kernel could not be launched.
         """
+        for name, tensor, rank in (("query", query, 4), ("key", key, 4), ("past_key", past_key, 4),
+                                   ("page_table", page_table, 2)):
+            if tensor.dim() != rank:
+                raise RuntimeInputError(f"{name}: shape {list(tensor.shape)}; it must have {rank} dimensions.")
         batch, query_heads, new_tokens, head_dim = query.shape
         shape = Shape(
             query.dtype, query_heads, key.shape[1], head_dim, batch, new_tokens, past_key.shape[0], page_table.shape[1]

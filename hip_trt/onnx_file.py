@@ -8,6 +8,7 @@ were at the export is in the .onnx file's metadata, and is checked whenever it i
 from __future__ import annotations
 
 import mmap
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from hip_trt import operator
 from hip_trt.errors import EngineError
-from hip_trt.files import sha256
+from hip_trt.files import require_whole, sha256
 from hip_trt.spec import METADATA_KEY, ModelSpec, require_format
 
 WEIGHTS_KEY = "hip_trt_weights"
@@ -101,10 +102,11 @@ def read_onnx(path: str | Path) -> OnnxFile:
     since the export: then their checksum decides.
 
     Raises:
-        EngineError: the file or its weights are missing, damaged, changed or outside its folder, or it is not from
-            hip-trt, or of another format.
+        EngineError: the file or its weights are missing, damaged, changed or outside its folder, an export into it is
+            half done, or it is not from hip-trt, or of another format.
     """
     path = Path(path)
+    require_whole(path.parent)
     if not path.is_file():
         raise EngineError(f"{path}: no such file.", "Make one with `hip-trt export --model MODEL --out model.onnx`.")
     try:
@@ -184,7 +186,7 @@ def _require_inside(path: Path, location: str) -> None:
     if pure.is_absolute() or ".." in pure.parts or not inside:
         raise EngineError(
             f"{path}: it looks for weights in {location!r}, which is outside its folder: refused.",
-            "Use a model from a source that you trust, or export again with --copy-weights.",
+            "Use a model from a source that you trust, or export again without --link-weights.",
         )
 
 
@@ -213,6 +215,32 @@ def _check_data(path: Path, data: Path, end: int, record: WeightsFile | None) ->
             f"{data}: changed since {path.name} was exported: its checksum is another.",
             f"Put the checkpoint's own file back. {_EXPORT_AGAIN}",
         )
+
+
+def without_links(model: onnx.ModelProto, path: Path) -> tuple[onnx.ModelProto, Path]:
+    """A model in memory, and the folder from which it names its weights, for runtimes that follow no symbolic links.
+
+    Args:
+        model: from :func:`read_onnx`, which has checked where its weights are, or made from it.
+        path: its file.
+
+    Returns:
+        The model itself and the folder of ``path``; where weights are links, as in a Hugging Face cache, a copy that
+        names the files behind them, and the folder that holds these.
+    """
+    folder = path.parent.resolve()
+    locations = {ExternalDataInfo(tensor).location for tensor in _tensors(model) if uses_external_data(tensor)}
+    real = {location: (folder / location).resolve() for location in locations}
+    if all(file == folder / location for location, file in real.items()):
+        return model, folder
+    folder = Path(os.path.commonpath([file.parent for file in real.values()]))
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for tensor in _tensors(copy):
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = real[entry.value].relative_to(folder).as_posix()
+    return copy, folder
 
 
 def map_weights(source: OnnxFile, names: Iterator[str] | tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:

@@ -35,7 +35,7 @@ class Steps:
     def step(self, title: str, total: int | None = None) -> Iterator[Step]:
         """Run one step; ``total`` is its size in bytes, if known. Yields a callable that takes bytes done."""
         start = time.perf_counter()
-        columns = [SpinnerColumn(), TextColumn("{task.description}")]
+        columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False)]
         if total is not None:
             columns += [BarColumn(), DownloadColumn()]
         with Progress(
@@ -46,15 +46,15 @@ class Steps:
         elapsed = time.perf_counter() - start
         self.seconds[title] = self.seconds.get(title, 0.0) + elapsed
         if self._console.is_terminal:
-            self._console.print(f"[green]✓[/] {title} [dim]{elapsed:.1f} s[/]", highlight=False)
+            self._console.print(f"[green]✓[/] {escape(title)} [dim]{elapsed:.1f} s[/]", highlight=False, emoji=False)
 
     def note(self, message: str) -> None:
         """Print one line that the user should see, on a terminal or not."""
-        self._console.print(message, highlight=False, soft_wrap=True, markup=False)
+        self._console.print(message, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def warn(self, message: str) -> None:
         """Print one warning line, on a terminal or not."""
-        self._console.print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
+        self._console.print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True, emoji=False)
 
 
 class Step:

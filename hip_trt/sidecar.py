@@ -100,6 +100,7 @@ class Sidecar(_Record):
         format_version: the operator's, see :data:`hip_trt.operator.OP_VERSION`.
         plan: the plan file.
         model: the ONNX file, then its external data.
+        companions: files beside the plan that runtimes use with it: tokenizer and generation config.
         weights: where the weights are; unless "embedded", the files of ``model`` must stay beside the plan.
         bound: for "bound": the engine's inputs that are weights, in its order, by their names in the ONNX file.
         weight_streaming: whether the runtime may keep a part of the weights in host memory.
@@ -118,6 +119,7 @@ class Sidecar(_Record):
     format_version: int = operator.OP_VERSION
     plan: FileRecord
     model: tuple[FileRecord, ...]
+    companions: tuple[FileRecord, ...] = ()
     weights: PlanWeights = "embedded"
     bound: tuple[TensorRecord, ...] = ()
     weight_streaming: bool = False
@@ -174,9 +176,11 @@ def read_sidecar(plan: str | Path) -> Sidecar:
     """Read the sidecar of a plan, without reading the plan.
 
     Raises:
-        EngineError: the sidecar is missing, damaged, or of another format version.
+        EngineError: the sidecar is missing, damaged, or of another format version, or an export into its folder is half
+            done.
     """
     path = sidecar_path(plan)
+    files.require_whole(path.parent)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -200,14 +204,15 @@ def read_sidecar(plan: str | Path) -> Sidecar:
 
 
 def verify_plan(plan: str | Path, advance: Callable[[int], object] = lambda count: None) -> Sidecar:
-    """Read a plan's sidecar and check the plan against it, which reads the whole plan.
+    """Read a plan's sidecar and check the plan and what is beside it against it, which reads the whole plan.
 
     Args:
         plan: the plan file.
         advance: told the bytes read since it was last called.
 
     Raises:
-        EngineError: the plan or its sidecar is missing or damaged, or they do not belong together.
+        EngineError: the plan or its sidecar is missing or damaged, or they do not belong together, or the model and the
+            tokenizer beside it have been replaced by another model's.
     """
     plan = Path(plan)
     if not plan.is_file():
@@ -225,4 +230,29 @@ def verify_plan(plan: str | Path, advance: Callable[[int], object] = lambda coun
         raise EngineError(f"{plan}: cannot be read: {error.strerror}.") from None
     if checksum != sidecar.plan.sha256:
         raise EngineError(f"{plan}: damaged: its checksum is not the one in {sidecar_path(plan).name}.", _EXPORT_AGAIN)
+    _require_companions(plan, sidecar)
     return sidecar
+
+
+def _require_companions(plan: Path, sidecar: Sidecar) -> None:
+    """Refuse a plan whose .onnx was exported anew from another checkpoint.
+
+    A tokenizer that alone is another one is the user's own doing, and so is a model of the same tokenizer.
+    """
+    model = plan.with_name(sidecar.model[0].name)
+    if not sidecar.companions or not model.is_file() or not _changed(model, sidecar.model[0]):
+        return
+    for record in sidecar.companions:
+        if _changed(plan.with_name(record.name), record):
+            raise EngineError(
+                f"{plan}: {model.name} and {record.name} beside it are of another model, exported since.",
+                f"Build the engine of that model with `hip-trt export --model {model} --out {plan}`, or export the old "
+                "one again.",
+            )
+
+
+def _changed(path: Path, record: FileRecord) -> bool:
+    try:
+        return path.stat().st_size != record.size or files.sha256(path) != record.sha256
+    except OSError:
+        return True

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -214,6 +215,61 @@ def test_hub_is_asked_only_when_allowed(monkeypatch: pytest.MonkeyPatch) -> None
     assert asked == []
     fails("org/name", "no network", allow_download=True)
     assert asked == ["org/name"]
+
+
+def hub_snapshot(source: Path, cache: Path, *left_out: str) -> Path:
+    """A copy of a folder in a hub cache, of links as the hub's client makes them."""
+    repository = cache / "models--org--name"
+    snapshot, blobs = repository / "snapshots" / "abc", repository / "blobs"
+    for folder in (snapshot, blobs, repository / "refs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / "main").write_text("abc")
+    for path in source.iterdir():
+        if path.name not in left_out:
+            shutil.copyfile(path, blobs / f"blob-of-{path.name}")
+            (snapshot / path.name).symlink_to(f"../../blobs/blob-of-{path.name}")
+    return snapshot
+
+
+@pytest.mark.parametrize(("lost", "missing"), [
+    (("config.json",), "config.json"), (("model-00002-of-*",), "model-00002-of-"),
+    (("model.safetensors.index.json", "model-*"), "model.safetensors"), (("tokenizer.json",), None), ((), None),
+])
+def test_partial_snapshots_are_completed(
+    tiny_sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: tuple[str, ...], missing: str | None
+) -> None:
+    names = [path.name for pattern in lost for path in tiny_sharded.glob(pattern)]
+    snapshot = hub_snapshot(tiny_sharded, tmp_path, *names)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    download, asked = hub.snapshot_download, []
+
+    def fake_download(hub_id: str, *, local_files_only: bool = False, **options: Any) -> str:
+        if local_files_only:
+            return download(hub_id, local_files_only=True, **options)
+        asked.append(hub_id)
+        return str(hub_snapshot(tiny_sharded, tmp_path / "new"))
+
+    monkeypatch.setattr(hub, "snapshot_download", fake_download)
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *args, **options: SimpleNamespace(siblings=[]))
+    if missing:
+        fails("org/name", "incomplete", missing, "--allow-download")
+    else:
+        assert open_checkpoint("org/name").path == snapshot
+    assert asked == []
+    open_checkpoint("org/name", allow_download=True)
+    assert asked == (["org/name"] if lost else [])
+
+
+def test_whole_weights_are_used_where_the_hub_cannot_be_reached(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def model_info(*args: Any, **options: Any) -> None:
+        raise ConnectionError("no network")
+
+    snapshot = hub_snapshot(tiny_folder, tmp_path, "tokenizer.json")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub.HfApi, "model_info", model_info)
+    assert open_checkpoint("org/name", allow_download=True).path == snapshot
 
 
 def test_folder_without_model(tmp_path: Path) -> None:

@@ -201,15 +201,15 @@ def test_export_stops_at_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p
 
     monkeypatch.setattr(hip_trt.export, "export_onnx", export_onnx)
     result = run("export", "--model", "org/name", "--out", tmp_path / "tiny.onnx", "--logits", "all", "--mask-k", "64",
-                 "--dtype", "bfloat16", "--allow-download", "--max-context", "100", "--copy-weights")
+                 "--dtype", "bfloat16", "--allow-download", "--max-context", "100", "--link-weights")
     assert result.exit_code == 0, result.output
     for part in (str(tmp_path / "tiny.onnx"), "3.0 kB of weights", "checkpoint/model.safetensors and 1 more"):
         assert part in result.stdout
-    assert {"copied": "copied to", "linked": "--copy-weights", "in place": "must stay"}[placement] in result.stdout
+    assert {"copied": "copied to", "linked": "--link-weights", "in place": "must stay"}[placement] in result.stdout
     del seen["steps"]
     assert seen == {
         "model": "org/name", "out": tmp_path / "tiny.onnx", "config": HipConfig.create(mask_k=64), "logits": "all",
-        "dtype": "bfloat16", "allow_download": True, "max_context": 100, "copy_weights": True, "quantize": None,
+        "dtype": "bfloat16", "allow_download": True, "max_context": 100, "link_weights": True, "quantize": None,
         "check": None,
     }
 
@@ -219,7 +219,7 @@ def test_export_without_weights(checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
     plan = tmp_path / "engine.plan"
     result = run("export", "--model", checkpoint, "--out", plan, "--compute-capability", "8.0", "--strip-weights",
-                 "--max-seq-len", "64", *SMALL)
+                 "--link-weights", "--max-seq-len", "64", *SMALL)
     assert result.exit_code == 0, result.output
     assert "no weights, which stay with model.onnx" in result.stdout
     assert verify_plan(plan).weights == "bound"
@@ -240,7 +240,9 @@ def test_export_without_weights(checkpoint: Path, tmp_path: Path) -> None:
     (["--model", "missing.onnx", "--out", "{}/x.plan"], ("missing.onnx: no such file",)),
     (["--model", "m.onnx", "--out", "{}/x.onnx"], ("m.onnx: exported already",)),
     (["--model", "m.onnx", "--out", "{}/x.plan", "--dtype", "float32"], ("--dtype: cannot be changed in m.onnx",)),
-    (["--model", "m.onnx", "--out", "{}/x.plan", "--copy-weights"], ("--copy-weights: cannot be changed in m.onnx",)),
+    (["--model", "m.onnx", "--out", "{}/x.plan", "--link-weights"], ("--link-weights: cannot be changed in m.onnx",)),
+    (["--model", "missing", "--out", "{}/x.onnx", "--link-weights", "--quantize", "int4"],
+     ("link_weights: not allowed",)),
     (["--model", "missing", "--out", "{}/x.onnx", "--strip-weights"], ("--strip-weights: needs an engine", ".plan")),
     (["--model", "missing", "--out", "{}/x.onnx", "--weight-streaming"], ("--weight-streaming: needs an engine",)),
     (["--model", "m.onnx", "--out", "{}/x.plan", "--block-k", "8"], ("--block-k: cannot be changed in m.onnx",)),

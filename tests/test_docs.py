@@ -87,7 +87,7 @@ def test_programs_of_the_readme(
     if "tensorrt-rtx" not in installed():
         pytest.skip("needs the extra tensorrt-rtx")
     monkeypatch.chdir(root)
-    program = "\n".join(blocks(ROOT / "README.md", "python")).replace("max_seq_len=131072", "max_seq_len=512")
+    program = "\n".join(blocks(ROOT / "README.md", "python"))
     exec(compile(program, "README.md", "exec"), {"__name__": "readme"})
     assert capsys.readouterr().out.strip()
 

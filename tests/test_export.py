@@ -59,7 +59,7 @@ def traced_export(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_export, "trace", lambda *args, **options: traces.append(graph.trace(*args, **options))
                       or copy_of(traces[0]))
-        return export_onnx(tiny_folder, tmp_path_factory.mktemp("dense"), config=DENSE), traces[0]
+        return export_onnx(tiny_folder, tmp_path_factory.mktemp("dense"), config=DENSE, link_weights=True), traces[0]
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +73,7 @@ def sparse_model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The tiny checkpoint, its weights copied, pruned, layer 0 dense, with logits of all tokens."""
     return export_onnx(
         tiny_folder, tmp_path_factory.mktemp("sparse") / "sparse.onnx", config=SPARSE.replace(dense_layers=[0]),
-        logits="all", copy_weights=True,
+        logits="all",
     )
 
 

@@ -36,6 +36,22 @@ def test_elsewhere_is_quiet_but_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert steps.seconds == {"Trace": 3.5}
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_names_are_shown_as_they_are(terminal: bool) -> None:
+    steps, text = steps_on(terminal=terminal)
+    name = "a[x] [b]#1[/b] :cat:"
+    with steps.step(name):
+        pass
+    steps.note(f"note {name}")
+    steps.warn(f"warn {name}")
+    shown = text.getvalue()
+    assert f"note {name}" in shown
+    assert f"{name}\n" in shown.partition("warn")[2]
+    if terminal:
+        assert name in shown.partition("✓")[0]  # while it runs
+        assert name in shown.partition("✓")[2].partition("note")[0]  # when it is done
+
+
 def test_failed_steps_are_not_called_done() -> None:
     steps, text = steps_on(terminal=True)
     with pytest.raises(ZeroDivisionError), steps.step("Divide"):

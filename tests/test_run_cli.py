@@ -62,6 +62,17 @@ def test_prompt_from_file_and_stdin(path: Path, chat_text: str, tmp_path: Path) 
     assert run(path, "-n", 9, stdin="Hello").stdout == chat_text
 
 
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbfHello", b"Hello\n", b"\xef\xbb\xbfHello\r\n"])
+def test_marks_and_the_last_line_ending_are_not_the_prompts(
+    path: Path, chat_text: str, tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "prompt.txt").write_bytes(content)
+    assert run(path, "-f", tmp_path / "prompt.txt", "-n", 9).stdout == chat_text
+    assert run(path, "-n", 9, stdin=content).stdout == chat_text
+    (tmp_path / "prompt.txt").write_bytes(content + b"\n")  # an empty line of its own is
+    assert run(path, "-f", tmp_path / "prompt.txt", "-n", 9).stdout != chat_text or not content.endswith(b"\n")
+
+
 def test_raw_leaves_the_template_out(path: Path, chat_text: str) -> None:
     (expected,) = load(path, threads=1).generate(["Hello"], max_new_tokens=9)
     result = run(path, "-p", "Hello", "-n", 9, "--raw")

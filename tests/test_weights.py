@@ -83,13 +83,13 @@ def refused(path: Path, *words: str) -> None:
 
 @pytest.fixture
 def copied(export: Exporter, checkpoint: Path, tmp_path: Path) -> ExportedModel:
-    return export(checkpoint, tmp_path / "copied", copy_weights=True)
+    return export(checkpoint, tmp_path / "copied")
 
 
 def test_linked_and_copied_compute_the_same(
     export: Exporter, checkpoint: Path, copied: ExportedModel, tmp_path: Path
 ) -> None:
-    linked = export(checkpoint, tmp_path / "linked")
+    linked = export(checkpoint, tmp_path / "linked", link_weights=True)
     assert (linked.placement, copied.placement) == ("linked", "copied")
     shards = sorted(checkpoint.glob("*.safetensors"))
     assert len(shards) > 2
@@ -106,7 +106,7 @@ def test_linked_and_copied_compute_the_same(
 
 def test_links_outlive_the_checkpoint(export: Exporter, checkpoint: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(checkpoint, tmp_path / "source"))
-    linked = export(source, tmp_path / "out")
+    linked = export(source, tmp_path / "out", link_weights=True)
     expected = logits(linked)
     shutil.rmtree(source)
     np.testing.assert_array_equal(logits(linked), expected)
@@ -118,7 +118,7 @@ def test_hub_cache_of_links(export: Exporter, checkpoint: Path, tmp_path: Path) 
     snapshot.mkdir()
     for path in blobs.iterdir():
         (snapshot / path.name).symlink_to(path)
-    linked = export(snapshot, tmp_path / "out")
+    linked = export(snapshot, tmp_path / "out", link_weights=True)
     assert linked.placement == "linked"
     assert not any(path.is_symlink() for path in linked.data)
     assert logits(linked).shape == (1, 1, 258)
@@ -126,10 +126,10 @@ def test_hub_cache_of_links(export: Exporter, checkpoint: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("where", ["", "checkpoint"], ids=["above", "within"])
 def test_in_place(export: Exporter, checkpoint: Path, copied: ExportedModel, tmp_path: Path, where: str) -> None:
-    """In the checkpoint's folder or above it, its files are pointed at as they lie, and every tool takes them."""
+    """In the checkpoint's folder, or on request above it, its files are pointed at; every tool takes them."""
     source = Path(shutil.copytree(checkpoint, tmp_path / "out" / "checkpoint"))
     before = {path.name: path.read_bytes() for path in source.iterdir()}
-    model = export(source, tmp_path / "out" / where / "model.onnx")
+    model = export(source, tmp_path / "out" / where / "model.onnx", link_weights=not where)
     assert model.placement == "in place"
     shards = {path.name for path in source.glob("*.safetensors")}
     assert locations(model) == {f"checkpoint/{name}" if not where else name for name in shards}
@@ -137,11 +137,18 @@ def test_in_place(export: Exporter, checkpoint: Path, copied: ExportedModel, tmp
     assert before.items() <= {path.name: path.read_bytes() for path in source.iterdir()}.items()
     onnx.checker.check_model(model.path, full_check=True)
     np.testing.assert_allclose(logits(model), logits(copied), rtol=0, atol=1e-6)
-    again = export(source, model.path)
+    again = export(source, model.path, link_weights=not where)
     assert before.items() <= {path.name: path.read_bytes() for path in source.iterdir()}.items()
     assert locations(again) == locations(model)
     if where:
         assert {path.name for path in model.files} == {"model.onnx", "hip_config.yaml"}
+
+
+def test_copied_unless_asked_or_in_the_own_folder(export: Exporter, checkpoint: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(checkpoint, tmp_path / "out" / "checkpoint"))
+    assert export(source, tmp_path / "out").placement == "copied"
+    assert export(source, tmp_path / "elsewhere").placement == "copied"
+    assert export(source, source).placement == "in place"
 
 
 def test_folder_of_another_checkpoint(export: Exporter, checkpoint: Path, tmp_path: Path) -> None:
@@ -156,7 +163,7 @@ def test_folder_of_another_checkpoint(export: Exporter, checkpoint: Path, tmp_pa
 
 def test_what_is_converted_is_copied(export: Exporter, checkpoint: Path, tmp_path: Path) -> None:
     """All of it for another type; and alone those weights that are stored in another type than the rest."""
-    whole = export(checkpoint, tmp_path / "whole", dtype="float16")
+    whole = export(checkpoint, tmp_path / "whole", dtype="float16", link_weights=True)
     assert (whole.placement, whole.warnings) == ("copied", ())
     mixed = Path(shutil.copytree(checkpoint, tmp_path / "mixed"))
     name = "model.norm.weight"
@@ -164,7 +171,7 @@ def test_what_is_converted_is_copied(export: Exporter, checkpoint: Path, tmp_pat
         stored = load_file(shard)
         if name in stored:
             save_file({**stored, name: stored[name].half()}, shard, metadata={"format": "pt"})
-    model = export(mixed, tmp_path / "out", dtype="float32")
+    model = export(mixed, tmp_path / "out", dtype="float32", link_weights=True)
     own = [path for path in model.data if path.suffix == ".data"]
     assert [path.stat().st_size for path in own] == [32 * 4]
     assert len(model.data) == 1 + len(list(mixed.glob("*.safetensors")))
@@ -180,7 +187,7 @@ def load_all(folder: Path) -> dict[str, torch.Tensor]:
 def test_tied_embeddings_in_place(export: Exporter, tmp_path: Path) -> None:
     model = tiny_llama(num_hidden_layers=1, tie_word_embeddings=True)
     source = save_checkpoint(tmp_path / "checkpoint", model)
-    linked, copied = (export(source, tmp_path / str(copy), copy_weights=copy) for copy in (False, True))
+    linked, copied = (export(source, tmp_path / str(link), link_weights=link) for link in (True, False))
     assert (linked.placement, copied.placement) == ("linked", "copied")
     np.testing.assert_allclose(logits(linked), logits(copied), rtol=0, atol=1e-6)
 
@@ -194,7 +201,7 @@ def test_offsets_need_no_alignment(export: Exporter, checkpoint: Path, tmp_path:
         header = int.from_bytes(content[:8], "little")
         padded = content[8: 8 + header].rstrip() + b" " * (offset + -len(content[8: 8 + header].rstrip()) % 8)
         shard.write_bytes(len(padded).to_bytes(8, "little") + padded + content[8 + header:])
-    model = export(source, tmp_path / "out")
+    model = export(source, tmp_path / "out", link_weights=True)
     offsets = {ExternalDataInfo(tensor).offset % 8
                for tensor in onnx.load(model.path, load_external_data=False).graph.initializer
                if uses_external_data(tensor)}
@@ -212,7 +219,7 @@ def test_file_system_without_links(
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
     monkeypatch.setattr(weights.os, "link", refuse)
-    model = export(checkpoint, tmp_path / "out")
+    model = export(checkpoint, tmp_path / "out", link_weights=True)
     assert model.placement == "copied"
     (warning,) = model.warnings
     assert "cannot be linked" in warning
@@ -222,13 +229,22 @@ def test_file_system_without_links(
 
 def test_replacing_links(export: Exporter, checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    first = export(checkpoint, out)
-    assert {path.name for path in export(checkpoint, out).data} == {path.name for path in first.data}
+    first = export(checkpoint, out, link_weights=True)
+    assert {path.name for path in export(checkpoint, out, link_weights=True).data} == {path.name for path in first.data}
     other = save_checkpoint(tmp_path / "other", tiny_llama(seed=1, num_hidden_layers=1))
-    second = export(other, out)
+    second = export(other, out, link_weights=True)
     assert {path.name for path in out.glob("*.safetensors")} == {path.name for path in second.data}
-    third = export(other, out, copy_weights=True)
+    third = export(other, out)
     assert [path.name for path in out.iterdir() if "-" in path.name] == [third.data[0].name]
+
+
+@pytest.mark.parametrize("stem", ["my#model", "m[0-9]", "000000000000"])
+def test_replaced_weights_go_whatever_the_name(export: Exporter, checkpoint: Path, tmp_path: Path, stem: str) -> None:
+    first = export(checkpoint, tmp_path / f"{stem}.onnx")
+    other = save_checkpoint(tmp_path / "other", tiny_llama(seed=1, num_hidden_layers=1))
+    second = export(other, tmp_path / f"{stem}.onnx")
+    assert not first.data[0].exists()
+    assert [path for path in tmp_path.iterdir() if path.suffix == ".data"] == list(second.data)
 
 
 def test_space_for_a_copy_is_checked_first(
@@ -236,10 +252,10 @@ def test_space_for_a_copy_is_checked_first(
 ) -> None:
     free = onnx_export._SPARE + 1000
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
-    assert export(checkpoint, tmp_path / "linked").placement == "linked"
+    assert export(checkpoint, tmp_path / "linked", link_weights=True).placement == "linked"
     monkeypatch.setattr(onnx_export, "trace", None)
     with pytest.raises(ExportError, match=r"64\.\d MB are needed, and 64\.0 MB are free"):
-        export(checkpoint, tmp_path / "copied", copy_weights=True)
+        export(checkpoint, tmp_path / "copied")
     assert not (tmp_path / "copied").exists()
 
 
@@ -250,7 +266,7 @@ def test_space_for_a_copy_is_checked_first(
 def linked(export: Exporter, checkpoint: Path, tmp_path: Path) -> tuple[ExportedModel, Path]:
     """A model, and a shard of the checkpoint that it is linked to, to be changed."""
     source = Path(shutil.copytree(checkpoint, tmp_path / "source"))
-    return export(source, tmp_path / "linked"), sorted(source.glob("*.safetensors"))[0]
+    return export(source, tmp_path / "linked", link_weights=True), sorted(source.glob("*.safetensors"))[0]
 
 
 def overwrite(path: Path, change: Callable[[bytearray], None]) -> None:
@@ -297,7 +313,7 @@ def test_touched_weights_are_summed_and_copies_are_not(
 
 def test_moved_weights(export: Exporter, checkpoint: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(checkpoint, tmp_path / "out" / "checkpoint"))
-    model = export(source, tmp_path / "out")
+    model = export(source, tmp_path / "out", link_weights=True)
     source.rename(tmp_path / "out" / "elsewhere")
     refused(model.path, "its weights are missing", "checkpoint/model-00001", "must stay where they were")
 

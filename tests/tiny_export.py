@@ -46,4 +46,4 @@ def save_tiny_checkpoint(folder: Path, *, chat: bool = True, **overrides: Any) -
 def export_tiny(folder: Path, *, hip: HipConfig = SPARSE, chat: bool = True, **options: Any) -> Path:
     """Export into ``folder``, weights copied, so that all files can be moved; the .onnx file."""
     checkpoint = save_tiny_checkpoint(folder / "checkpoint", chat=chat)
-    return export_onnx(checkpoint, folder / "model.onnx", config=hip, copy_weights=True, **options).path
+    return export_onnx(checkpoint, folder / "model.onnx", config=hip, **options).path

@@ -46,8 +46,8 @@ def fail(message: str) -> None:
 
 def out() -> Console:
     """Console for results. Piped output is not wrapped to a terminal's width."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
+    console = Console(emoji=False)
+    return console if console.is_terminal else Console(width=160, emoji=False)
 
 
 def print_json(value: Any) -> None:
@@ -61,6 +61,6 @@ def set_verbose(verbose: bool) -> None:
         return
     logger = logging.getLogger("hip_trt")
     logger.setLevel(logging.DEBUG)
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=True, markup=False)
+    handler = RichHandler(console=Console(stderr=True, emoji=False), show_path=False, show_time=True, markup=False)
     logger.handlers[:] = [handler]
     logger.propagate = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -42,7 +43,7 @@ Examples:
 
   An engine of a model that is larger than memory: nothing is copied, and the engine holds no weights:
 
-    hip-trt export --model ./Llama-3.1-8B --out build/engine.plan --strip-weights
+    hip-trt export --model ./Llama-3.1-8B --out build/engine.plan --strip-weights --link-weights
 
   Closer to dense attention than the defaults, and slower; docs/evaluation.md says by how much:
 
@@ -97,12 +98,13 @@ def export(
             "contexts up to the window.",
         ),
     ] = None,
-    copy_weights: Annotated[
+    link_weights: Annotated[
         bool,
         typer.Option(
-            "--copy-weights", rich_help_panel=_MODEL_PANEL,
-            help="Copy the weights, which makes a folder that is independent of the checkpoint. Otherwise its "
-            "safetensors files are used in place, or linked, where no conversion is asked for.",
+            "--link-weights", rich_help_panel=_MODEL_PANEL,
+            help="Make hard links to the checkpoint's safetensors files rather than copy the weights, where no "
+            "conversion is asked for; the Python package onnx refuses such links. In the checkpoint's own folder its "
+            "files are used as they lie in any case.",
         ),
     ] = False,
     quantize: Annotated[
@@ -117,7 +119,7 @@ def export(
         bool,
         typer.Option(
             "--allow-download", rich_help_panel=_MODEL_PANEL,
-            help="Fetch a hub id that is not in the local Hugging Face cache.",
+            help="Fetch a hub id that the local Hugging Face cache lacks, or what it lacks of it.",
         ),
     ] = False,
     runtime: Annotated[
@@ -183,6 +185,7 @@ def export(
 
     Nothing is retrained. Results appear when all is done: a failure or Ctrl-C leaves what was there before.
     """
+    from hip_trt.files import staging
     from hip_trt.progress import Steps
 
     set_verbose(verbose)
@@ -193,37 +196,39 @@ def export(
         raise ExportError(f"--out {to}: must end in .plan, for an engine, or .onnx.")
     if is_onnx:
         _refuse_model_options(exported, to, dtype=dtype, logits=logits, max_context=max_context,
-                              copy_weights=copy_weights or None, quantize=quantize, config=config_file, **fields)
+                              link_weights=link_weights or None, quantize=quantize, config=config_file, **fields)
     if not wants_plan:
         _refuse_engine_options(to, strip_weights=strip_weights, weight_streaming=weight_streaming)
     build = _engine_builder(runtime, compute_capability or []) if wants_plan else None
-    if not is_onnx:
-        from hip_trt.export import export_onnx
+    both = wants_plan and not is_onnx
+    with staging(to.parent, exclusive=True) if both else nullcontext():  # nobody exports between model and engine
+        if not is_onnx:
+            from hip_trt.export import export_onnx
 
-        def check_engine(spec: ModelSpec) -> None:
-            """Refuse now what the engine's build would refuse after the model's long export."""
-            from hip_trt import library
-            from hip_trt.export.profiles import EngineLimits
+            def check_engine(spec: ModelSpec) -> None:
+                """Refuse now what the engine's build would refuse after the model's long export."""
+                from hip_trt import library
+                from hip_trt.export.profiles import EngineLimits
 
-            library.validate(spec)
-            EngineLimits.resolve(
-                spec, max_batch=max_batch, max_prefill=max_prefill, max_seq_len=max_seq_len, max_pages=max_pages
+                library.validate(spec)
+                EngineLimits.resolve(
+                    spec, max_batch=max_batch, max_prefill=max_prefill, max_seq_len=max_seq_len, max_pages=max_pages
+                )
+
+            exported = to.parent / _ONNX_NAME if wants_plan else to
+            made = export_onnx(
+                model, exported, config=resolve_config(config_file, fields), allow_download=allow_download, steps=steps,
+                dtype=cast("DType | None", dtype), logits=cast("Logits", logits or "last"),  # it refuses other values
+                max_context=max_context, check=check_engine if wants_plan else None, link_weights=link_weights,
+                quantize=cast("Quantization | None", quantize),
             )
-
-        exported = to.parent / _ONNX_NAME if wants_plan else to
-        made = export_onnx(
-            model, exported, config=resolve_config(config_file, fields), allow_download=allow_download, steps=steps,
-            dtype=cast("DType | None", dtype), logits=cast("Logits", logits or "last"),  # it refuses any other value
-            max_context=max_context, check=check_engine if wants_plan else None, copy_weights=copy_weights,
-            quantize=cast("Quantization | None", quantize),
-        )
-        _report_model(made)
-    if build is not None:
-        sidecar = build(
-            exported, to, max_batch=max_batch, max_prefill=max_prefill, max_seq_len=max_seq_len, max_pages=max_pages,
-            strip_weights=strip_weights, weight_streaming=weight_streaming, steps=steps,
-        )
-        _report_engine(to, sidecar)
+            _report_model(made)
+        if build is not None:
+            sidecar = build(
+                exported, to, max_batch=max_batch, max_prefill=max_prefill, max_seq_len=max_seq_len,
+                max_pages=max_pages, strip_weights=strip_weights, weight_streaming=weight_streaming, steps=steps,
+            )
+            _report_engine(to, sidecar)
 
 
 def _refuse_model_options(model: Path, to: Path, **options: Any) -> None:
@@ -266,7 +271,7 @@ def _report_model(model: ExportedModel) -> None:
     weights = {
         "copied": f"copied to {names}",
         "linked": f"linked, not copied: {names} are the checkpoint's own files under a second name (which the Python "
-        "package onnx refuses to read; --copy-weights makes files of the model's own)",
+        "package onnx refuses to read; without --link-weights they are copied)",
         "in place": f"not copied: the model reads the checkpoint's own files, which must stay where they are, {names}",
     }[model.placement]
     out().print(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hip_trt.cli.console import Json, Verbose, out, print_json, set_verbose
 
@@ -50,7 +51,7 @@ def inspect(
     _show_facts(console, description)
     _show_tensors(console, description, every)
     _show_layers(console, description)
-    console.print(f"These facts come from {description.source}", style="dim", soft_wrap=True)
+    console.print(f"These facts come from {description.source}", style="dim", soft_wrap=True, markup=False)
 
 
 def _show_facts(console: Console, description: Description) -> None:
@@ -83,7 +84,7 @@ def _show_facts(console: Console, description: Description) -> None:
         )
     rows["exported by"] = f"hip-trt {spec.hip_trt_version}"
     rows["attention"] = ", ".join(f"{field} {_plain(value)}" for field, value in spec.hip.model_dump().items())
-    table = Table(show_header=False, box=None, pad_edge=False, title=description.path, title_justify="left")
+    table = Table(show_header=False, box=None, pad_edge=False, title=Text(description.path), title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in rows.items():

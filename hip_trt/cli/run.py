@@ -163,12 +163,13 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
     except OSError as error:
         raise RuntimeInputError(f"{prompt_file or 'standard input'}: cannot be read: {error.strerror}.") from None
     try:
-        return data.decode()
+        text = data.decode("utf-8-sig")  # some editors put a mark in front
     except UnicodeDecodeError as error:
         raise RuntimeInputError(
             f"{prompt_file or 'standard input'}: not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}.",
             "Give a text file in UTF-8.",
         ) from None
+    return text.removesuffix("\n").removesuffix("\r")  # the end of a file's last line is not the prompt's
 
 
 def _load(model: Path, **options: Any) -> Generator:

@@ -147,7 +147,7 @@ def _token_ids(model: Path, prompts: Path) -> list[list[int]]:
     from hip_trt.runtime.loading import load_tokenizer
 
     try:
-        lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in prompts.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise RuntimeInputError(f"--prompts {prompts}: cannot be read: {error}.") from None
     if not lines:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,26 +42,40 @@ def load_model(path: str | Path, *, device: str = "cpu", dtype: torch.dtype = to
         CheckpointError: the path is missing, or transformers cannot load what is there.
         EnvironmentProblem: there is no such device.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from hip_trt.huggingface.closed import load_causal_lm, load_tokenizer
 
     path = Path(path)
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise EnvironmentProblem(f"--device {device}: PyTorch sees no GPU.", "Give --device cpu.")
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder.", "Give a .gguf file or a Hugging Face folder.")
-    where: dict[str, Any] = {"pretrained_model_name_or_path": path, "local_files_only": True}
-    if path.is_file():
-        where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "local_files_only": True}
+    _refuse_foreign(path)
     try:
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(**where)
-            model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+            tokenizer = load_tokenizer(path)
+            model = load_causal_lm(path, dtype=dtype)
     except Exception as error:  # transformers raises many kinds over damaged or missing files
         raise CheckpointError(
             f"{path}: transformers cannot load it: {' '.join(str(error).split())[:300]}.",
             "Give a whole checkpoint of a causal language model, with its tokenizer.",
         ) from None
     return model.to(device).eval(), tokenizer
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Refuse weights that are pickles, which can run code, and those that packages named by the folder would read."""
+    if (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{folder}: no *.safetensors. Weights in pickles (.bin) are not read, as these can run code.",
+            "Get the model in safetensors, or convert it with transformers' save_pretrained.",
+        )
+    with suppress(OSError, ValueError):
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if isinstance(fields, dict) and fields.get("quantization_config"):
+            raise CheckpointError(
+                f"{folder / 'config.json'}: the weights are quantized, which is not supported.",
+                "Use the checkpoint in float16 or bfloat16 that it was made from, or a GGUF file.",
+            )
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def from_file(path: str | Path) -> Text:
     """
     path = Path(path)
     try:
-        return Text(path.stem, path.read_text(encoding="utf-8"), path.name)
+        return Text(path.stem, path.read_text(encoding="utf-8-sig"), path.name)
     except OSError as error:
         raise RuntimeInputError(f"--text {path}: cannot be read: {error.strerror}.", "Name a UTF-8 text.") from None
     except UnicodeDecodeError as error:

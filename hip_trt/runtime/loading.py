@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from hip_trt.errors import EngineError, EnvironmentProblem, RuntimeInputError
+from hip_trt.files import require_whole
+from hip_trt.huggingface import closed
 from hip_trt.offload import Offload
 from hip_trt.runtime.executor import Executor
 from hip_trt.runtime.generator import Generator
@@ -92,12 +94,13 @@ def load_tokenizer(folder: str | Path, *, required: bool = True) -> Any:
         EnvironmentProblem: if it is missing but required, or damaged.
     """
     folder = Path(folder)
+    require_whole(folder)
     if not (folder / "tokenizer_config.json").is_file():
         if required:
             raise EnvironmentProblem(f"{folder}: no tokenizer_config.json.", "Name a folder with a tokenizer.")
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return closed.load_tokenizer(folder)
     except Exception as error:  # a tokenizer's loader may raise anything over a damaged file
         raise EnvironmentProblem(
             f"{folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}.", "Export again."

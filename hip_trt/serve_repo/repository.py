@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hip_trt import library
 from hip_trt.errors import ExportError, RuntimeInputError
-from hip_trt.files import require_space, staging
+from hip_trt.files import replaced_name, require_space, staging
 from hip_trt.offload import Offload
 from hip_trt.onnx_file import read_onnx
 from hip_trt.runtime.loading import refuse_offload
@@ -145,7 +145,7 @@ def _write(
 def _publish(folder: Path, repository: Path, names: Sequence[str]) -> None:
     """Rename whole folders; one that is replaced goes with the staging folder, or comes back."""
     for name in names:
-        old = folder / f"{name}.old"
+        old = folder / replaced_name(name)
         replaced = os.path.lexists(repository / name)
         if replaced:
             os.rename(repository / name, old)

@@ -84,7 +84,8 @@ def verify(
         if value is not None and value < least:
             raise RuntimeInputError(f"{option}: {value} is not allowed.", f"It must be at least {least}.")
     path = Path(model)
-    subject = _open(path, require_engine=require_engine, notes=notes, progress=progress)
+    alone = against == "onnxruntime" and baseline is None  # a plan that does not run has nothing to be compared with
+    subject = _open(path, require_engine=require_engine or alone, notes=notes, progress=progress)
     other, words, checks = _other(subject, against, checkpoint, baseline, progress)
     spec = subject.spec
     given = {"atol": atol, "rtol": rtol, "agreement": agreement}

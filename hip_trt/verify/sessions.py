@@ -12,6 +12,7 @@ from onnx import AttributeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from hip_trt.errors import EngineError
+from hip_trt.onnx_file import without_links
 from hip_trt.spec import ModelSpec
 
 _STORED = ".bfloat16"
@@ -31,9 +32,10 @@ def make_session(model: onnx.ModelProto, path: Path, spec: ModelSpec) -> ort.Inf
     """
     if spec.dtype == "bfloat16":
         model = widened(model)
+    model, folder = without_links(model, path)
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent.resolve()))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # as OrtExecutor has it
     try:
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

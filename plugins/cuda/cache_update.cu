@@ -32,6 +32,10 @@ __global__ void __launch_bounds__(kThreads) appendKernel(const __grid_constant__
         return;
     }
     const int position = call.past_lengths[b] + token;
+    if (!PagedRows(call, b, 0).holds(position))
+    {
+        return;
+    }
     for (int i = threadIdx.x; i < shape.num_kv_heads * chunks; i += kThreads)
     {
         const int head = i / chunks;

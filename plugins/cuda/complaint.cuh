@@ -4,10 +4,21 @@
 #include "hip_attention.h"
 
 #include <cstdarg>
+#include <cstdint>
 #include <cstdio>
 
 namespace hip_trt
 {
+
+// The answer to a configuration or shape that is a null pointer.
+inline HipTrtStatus missing(char* message, size_t size)
+{
+    if (message != nullptr && size > 0)
+    {
+        std::snprintf(message, size, "config, shape: a pointer is missing");
+    }
+    return HIP_TRT_INVALID_ARGUMENT;
+}
 
 // The first complaint, as "field: value is not allowed; it must be ...", the words of HipConfig.
 class Complaint
@@ -49,7 +60,7 @@ public:
 
     void powerOfTwo(const char* field, int value)
     {
-        require((value & (value - 1)) == 0, HIP_TRT_INVALID_ARGUMENT,
+        require(value > 0 && (value & (value - 1)) == 0, HIP_TRT_INVALID_ARGUMENT,
             "%s: %d is not allowed; it must be a power of two", field, value);
     }
 
@@ -63,6 +74,24 @@ public:
     {
         require(mStatus != HIP_TRT_SUCCESS || value % part == 0, HIP_TRT_INVALID_ARGUMENT,
             "%s: %d is not allowed; it must be a multiple of %s (%d)", field, value, part_field, part);
+    }
+
+    // Sizes that are allowed each for itself, and whose product is none: in floating point, where nothing overflows.
+    // `workspace`: a bound of its bytes.
+    void addressable(const HipTrtShape& shape, int page_size, double workspace)
+    {
+        constexpr double kMaxBytes = static_cast<double>(int64_t{1} << 48); // more has no address
+        const double rows = static_cast<double>(shape.num_query_heads) * shape.new_tokens; // of a sequence
+        const double row_bytes = 4.0 * shape.head_dim;
+        require(rows <= INT32_MAX, HIP_TRT_INVALID_ARGUMENT,
+            "new_tokens: %d is not allowed; times num_query_heads (%d) it must be at most %d", shape.new_tokens,
+            shape.num_query_heads, INT32_MAX);
+        require(rows * shape.batch * row_bytes <= kMaxBytes && workspace <= kMaxBytes, HIP_TRT_INVALID_ARGUMENT,
+            "batch: %d is not allowed; with new_tokens %d, num_query_heads %d and head_dim %d no memory is large enough",
+            shape.batch, shape.new_tokens, shape.num_query_heads, shape.head_dim);
+        require(row_bytes * shape.num_pages * shape.num_kv_heads * page_size <= kMaxBytes, HIP_TRT_INVALID_ARGUMENT,
+            "num_pages: %d is not allowed; with num_kv_heads %d, page_size %d and head_dim %d no memory is large enough",
+            shape.num_pages, shape.num_kv_heads, page_size, shape.head_dim);
     }
 
 private:

@@ -163,6 +163,7 @@ struct DecodePlace
 struct PoolRows
 {
     const int* table; // of this sequence
+    int num_pages;
     Divisor page_size;
     int heads;
     int head;
@@ -170,8 +171,14 @@ struct PoolRows
     __device__ __forceinline__ uint32_t operator()(int token) const
     {
         const int slot = page_size.divide(token);
-        const uint32_t first = (static_cast<uint32_t>(table[slot]) * heads + head) * page_size.divisor;
+        const uint32_t first = (pageInPool(table[slot], num_pages) * heads + head) * page_size.divisor;
         return first + token - slot * page_size.divisor;
+    }
+
+    // Whether a token's page is in the pool.
+    __device__ __forceinline__ bool holds(int token) const
+    {
+        return static_cast<uint32_t>(table[page_size.divide(token)]) < static_cast<uint32_t>(num_pages);
     }
 };
 

@@ -177,10 +177,10 @@ __global__ void __launch_bounds__(kDecodeThreads, HeadTiles == 1 ? 2 : 1)
         return;
     }
 
-    const PoolRows rows{decode.table_entries > 0 ? shared.table() : global_table, decode.page_size,
+    const PoolRows rows{decode.table_entries > 0 ? shared.table() : global_table, call.shape.num_pages, decode.page_size,
         call.shape.num_kv_heads, place.kv_head};
     const uint32_t new_row = rows(block.last);
-    const bool appends = place.rank == 0 && first_head % call.heads_per_kv == 0;
+    const bool appends = place.rank == 0 && first_head % call.heads_per_kv == 0 && rows.holds(block.last);
     if (appends)
     {
         appendToken<T, D>(call, place, new_row);

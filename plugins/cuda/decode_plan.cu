@@ -175,6 +175,7 @@ void checkShape(Complaint& complaint, const HipTrtV2Config& config, const HipTrt
             || static_cast<int64_t>(shape.num_pages) * shape.num_kv_heads * config.page_size <= INT32_MAX,
         HIP_TRT_UNSUPPORTED, "num_pages: %d is not supported; num_pages, num_kv_heads (%d) and page_size (%d) together "
         "must be less than 2^31", shape.num_pages, shape.num_kv_heads, config.page_size);
+    complaint.addressable(shape, config.page_size, 0);
 }
 
 } // namespace

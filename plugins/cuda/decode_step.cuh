@@ -102,6 +102,7 @@ struct Sequence
 struct Pages
 {
     const int32_t* table;
+    int num_pages;
     int capacity; // blocks
     Divisor blocks_per_page;
     int heads;
@@ -109,6 +110,7 @@ struct Pages
 
     __device__ __forceinline__ Pages(const Step& step, int b, int kv_head)
         : table(step.page_table + static_cast<int64_t>(b) * step.shape.pages_per_sequence)
+        , num_pages(step.shape.num_pages)
         , capacity(step.capacity)
         , blocks_per_page(step.blocks_per_page)
         , heads(step.shape.num_kv_heads)
@@ -116,10 +118,11 @@ struct Pages
     {
     }
 
-    // The page of a block of the sequence; negative for none.
+    // The page of a block of the sequence; -1 for none, as for one outside the pool.
     __device__ __forceinline__ int page(int block) const
     {
-        return block < capacity ? loadCurrent(table + blocks_per_page.divide(block)) : -1;
+        const int page = block < capacity ? loadCurrent(table + blocks_per_page.divide(block)) : -1;
+        return static_cast<uint32_t>(page) < static_cast<uint32_t>(num_pages) ? page : -1;
     }
 
     // Index of a block in the pool, counted in blocks, from its page; negative for none.

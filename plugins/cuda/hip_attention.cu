@@ -1,6 +1,7 @@
 // The C ABI: checks, then the steps of one call in order.
 #include "hip_attention.h"
 
+#include "complaint.cuh"
 #include "decode_cluster.cuh"
 #include "entry.cuh"
 #include "kernels.cuh"
@@ -201,7 +202,7 @@ const char* hipTrtStatusText(HipTrtStatus status)
     case HIP_TRT_SUCCESS: return "success";
     case HIP_TRT_INVALID_ARGUMENT:
         return "an argument is out of range, a pointer is missing or not 16-byte aligned, or pools that caches are attached "
-               "to are not both past and present";
+               "to are not both past and present, or larger than the caches know";
     case HIP_TRT_UNSUPPORTED: return "no kernel computes this configuration";
     case HIP_TRT_WORKSPACE_TOO_SMALL: return "the workspace is smaller than hipTrtWorkspaceSize says";
     case HIP_TRT_CUDA_ERROR: return "a CUDA call failed";
@@ -216,11 +217,19 @@ const char* hipTrtLastCudaError(void)
 
 HipTrtStatus hipTrtValidate(const HipTrtConfig* config, const HipTrtShape* shape, char* message, size_t message_size)
 {
+    if (config == nullptr || shape == nullptr)
+    {
+        return hip_trt::missing(message, message_size);
+    }
     return hip_trt::validate(*config, *shape, false, message, message_size);
 }
 
 HipTrtStatus hipTrtWorkspaceSize(const HipTrtConfig* config, const HipTrtShape* shape, size_t* bytes)
 {
+    if (config == nullptr || shape == nullptr || bytes == nullptr)
+    {
+        return HIP_TRT_INVALID_ARGUMENT;
+    }
     const HipTrtStatus status = hip_trt::validate(*config, *shape, true, nullptr, 0);
     if (status == HIP_TRT_SUCCESS)
     {
@@ -234,12 +243,17 @@ HipTrtStatus hipTrtWorkspaceSize(const HipTrtConfig* config, const HipTrtShape* 
 
 HipTrtStatus hipTrtAttention(const HipTrtParams* params, cudaStream_t stream)
 {
+    if (params == nullptr)
+    {
+        return HIP_TRT_INVALID_ARGUMENT;
+    }
     const HipTrtStatus status = hip_trt::validate(params->config, params->shape, true, nullptr, 0);
     if (status != HIP_TRT_SUCCESS)
     {
         return status;
     }
-    if (!hip_trt::complete({params->query, params->key, params->value, params->past_key, params->past_value,
+    if (reinterpret_cast<uintptr_t>(params->chosen_blocks) % 16 != 0 // which may be null
+        || !hip_trt::complete({params->query, params->key, params->value, params->past_key, params->past_value,
             params->page_table, params->past_lengths, params->query_lengths, params->past_nodes, params->refresh_mask,
             params->output, params->present_key, params->present_value, params->present_nodes, params->workspace}))
     {
@@ -253,7 +267,8 @@ HipTrtStatus hipTrtAttention(const HipTrtParams* params, cudaStream_t stream)
     const hip_trt::Call call = hip_trt::makeCall(*params, decode);
     HipTrtOffload offload;
     const bool offloaded = hip_trt::findOffload(call, offload);
-    if (offloaded && (call.past_key != call.present_key || call.past_value != call.present_value))
+    if (offloaded
+        && (call.past_key != call.present_key || call.past_value != call.present_value || !hip_trt::cachesCover(call, offload)))
     {
         return HIP_TRT_INVALID_ARGUMENT; // caches are copies of what these very pools hold
     }

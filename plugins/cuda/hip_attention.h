@@ -27,6 +27,7 @@ extern "C" {
  * inputs, outputs, attributes or results change; an engine of another version is refused. */
 #define HIP_TRT_OPERATOR_VERSION 1
 
+/* Of every function. A null pointer where none is allowed is an invalid argument. */
 typedef enum HipTrtStatus
 {
     HIP_TRT_SUCCESS = 0,
@@ -129,8 +130,10 @@ HIP_TRT_API HipTrtStatus hipTrtValidate(
  * pages_per_sequence, needs. Touches no GPU. */
 HIP_TRT_API HipTrtStatus hipTrtWorkspaceSize(const HipTrtConfig* config, const HipTrtShape* shape, size_t* bytes);
 
-/* Launch the operator on a stream. Lengths, the page table and refresh_mask are read on the device only; the caller has
- * checked them (hip_trt/runtime does). */
+/* Launch the operator on a stream. Lengths, the page table, past_nodes and refresh_mask are read on the device only, and no
+ * status can tell of them; the caller has checked them (hip_trt/runtime does). A page number outside the pool harms no memory:
+ * the rows of such a page read as some other page's, and new rows of it are not written. Lengths and nodes are taken as they
+ * are. */
 HIP_TRT_API HipTrtStatus hipTrtAttention(const HipTrtParams* params, cudaStream_t stream);
 
 #ifdef __cplusplus

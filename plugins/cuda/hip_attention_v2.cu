@@ -1,6 +1,7 @@
 // The C ABI of version 2: checks, then the kernels of one call in order.
 #include "hip_attention_v2.h"
 
+#include "complaint.cuh"
 #include "decode_plan.cuh"
 #include "entry.cuh"
 #include "plan.cuh"
@@ -159,12 +160,20 @@ cudaError_t runPrefill(const HipTrtV2Params& params, cudaStream_t stream)
 HipTrtStatus hipTrtV2Validate(const HipTrtV2Config* config, const HipTrtShape* shape, HipTrtCallKind kind, char* message,
     size_t message_size)
 {
+    if (config == nullptr || shape == nullptr)
+    {
+        return hip_trt::missing(message, message_size);
+    }
     return hip_trt::validateKind(*config, *shape, kind, false, message, message_size);
 }
 
 HipTrtStatus hipTrtV2WorkspaceSize(
     const HipTrtV2Config* config, const HipTrtShape* shape, HipTrtCallKind kind, size_t* bytes)
 {
+    if (config == nullptr || shape == nullptr || bytes == nullptr)
+    {
+        return HIP_TRT_INVALID_ARGUMENT;
+    }
     const HipTrtStatus status = hip_trt::validateKind(*config, *shape, kind, true, nullptr, 0);
     if (status == HIP_TRT_SUCCESS)
     {
@@ -175,6 +184,10 @@ HipTrtStatus hipTrtV2WorkspaceSize(
 
 HipTrtStatus hipTrtV2Attention(const HipTrtV2Params* params, cudaStream_t stream)
 {
+    if (params == nullptr)
+    {
+        return HIP_TRT_INVALID_ARGUMENT;
+    }
     const auto kind = static_cast<HipTrtCallKind>(params->call_kind);
     if (kind != HIP_TRT_PREFILL && kind != HIP_TRT_DECODE)
     {
@@ -201,6 +214,10 @@ HipTrtStatus hipTrtV2Attention(const HipTrtV2Params* params, cudaStream_t stream
 
 HipTrtStatus hipTrtV2Append(const HipTrtV2Params* params, cudaStream_t stream)
 {
+    if (params == nullptr)
+    {
+        return HIP_TRT_INVALID_ARGUMENT;
+    }
     const HipTrtStatus status
         = hip_trt::decode::validate(params->config, params->shape, true, hip_trt::kMaxChunkRows, nullptr, 0);
     if (status != HIP_TRT_SUCCESS)

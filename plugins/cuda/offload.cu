@@ -5,6 +5,8 @@
 #include "offload_fill.cuh"
 #include "offload_lane.cuh"
 
+#include <algorithm>
+#include <initializer_list>
 #include <map>
 #include <mutex>
 
@@ -33,26 +35,32 @@ Attached* findAttached(const void* key_pool)
     return found == all_attached.end() ? nullptr : &found->second;
 }
 
+bool aligned(std::initializer_list<const void*> pointers)
+{
+    return std::all_of(pointers.begin(), pointers.end(),
+        [](const void* pointer) { return pointer != nullptr && reinterpret_cast<uintptr_t>(pointer) % 16 == 0; });
+}
+
 bool validCache(const HipTrtBlockCache& cache)
 {
+    constexpr int kMostBlocks = (INT32_MAX - HIP_TRT_CACHE_MISSED_HEADER) / 2;
     return cache.blocks == 0
-        || (cache.blocks > 0 && cache.blocks % HIP_TRT_CACHE_WAYS == 0 && cache.rows != nullptr && cache.owners != nullptr
-            && cache.slots != nullptr && cache.missed != nullptr
-            && reinterpret_cast<uintptr_t>(cache.rows) % 16 == 0);
+        || (cache.blocks > 0 && cache.blocks <= kMostBlocks && cache.blocks % HIP_TRT_CACHE_WAYS == 0
+            && cache.pool_blocks > 0 && aligned({cache.rows, cache.owners, cache.slots, cache.missed}));
 }
 
 bool validLanding(const HipTrtLanding& landing)
 {
     return landing.blocks == 0
-        || (landing.blocks > 0 && (landing.blocks & (landing.blocks - 1)) == 0 && landing.rows != nullptr
-            && landing.tickets != nullptr && reinterpret_cast<uintptr_t>(landing.rows) % 16 == 0);
+        || (landing.blocks > 0 && (landing.blocks & (landing.blocks - 1)) == 0
+            && aligned({landing.rows, landing.tickets}));
 }
 
 bool validStaging(const HipTrtOffload& offload)
 {
     return offload.staging_pages == 0
-        || (offload.staging_pages > 0 && offload.staging_keys != nullptr && offload.staging_values != nullptr
-            && offload.staging_table != nullptr);
+        || (offload.staging_pages > 0
+            && aligned({offload.staging_keys, offload.staging_values, offload.staging_table}));
 }
 
 cudaError_t clearCache(const HipTrtBlockCache& cache, cudaStream_t stream)
@@ -123,7 +131,12 @@ __global__ void __launch_bounds__(kThreads) updateCopiesKernel(const __grid_cons
     }
     for (int i = threadIdx.x; i < call.shape.num_kv_heads * chunks; i += kThreads)
     {
-        const uint32_t row = static_cast<uint32_t>(PagedRows(call, b, i / chunks).row(call.past_lengths[b]));
+        const PagedRows rows_of_head(call, b, i / chunks);
+        if (!rows_of_head.holds(call.past_lengths[b]))
+        {
+            continue;
+        }
+        const uint32_t row = static_cast<uint32_t>(rows_of_head.row(call.past_lengths[b]));
         for (const bool is_key : {true, false})
         {
             const CacheView cache(call.caches, is_key);
@@ -166,6 +179,10 @@ __global__ void __launch_bounds__(kThreads)
         return;
     }
     const int token = call.past_lengths[b] + blockIdx.x;
+    if (!PagedRows(call, b, 0).holds(token))
+    {
+        return;
+    }
     for (int i = threadIdx.x; i < call.shape.num_kv_heads * chunks; i += kThreads)
     {
         const int head = i / chunks;
@@ -182,7 +199,8 @@ __global__ void __launch_bounds__(kThreads)
 {
     const int slot = blockIdx.x, b = blockIdx.y;
     const int64_t index = static_cast<int64_t>(b) * call.shape.pages_per_sequence + slot;
-    const int page = call.page_table[index];
+    const int entry = call.page_table[index];
+    const int page = static_cast<uint32_t>(entry) < static_cast<uint32_t>(call.shape.num_pages) ? entry : -1;
     if (threadIdx.x == 0)
     {
         const StagingTables tables(offload);
@@ -230,6 +248,14 @@ bool findOffload(const Call& call, HipTrtOffload& offload)
     }
     offload = found->offload;
     return true;
+}
+
+bool cachesCover(const Call& call, const HipTrtOffload& offload)
+{
+    const int64_t blocks = static_cast<int64_t>(call.shape.num_pages) * call.shape.num_kv_heads
+        * (call.config.page_size / call.config.block_k);
+    const auto covers = [blocks](const HipTrtBlockCache& cache) { return cache.blocks == 0 || cache.pool_blocks >= blocks; };
+    return covers(offload.keys) && covers(offload.values);
 }
 
 cudaError_t settle(const HipTrtOffload& offload, cudaStream_t stream)
@@ -326,9 +352,8 @@ cudaError_t stagePages(const Call& call, const HipTrtOffload& offload, Call& sta
 HipTrtStatus hipTrtOffloadAttach(const HipTrtOffload* offload)
 {
     using namespace hip_trt;
-    if (offload->key_pool == nullptr || offload->value_pool == nullptr || offload->counters == nullptr
-        || !validCache(offload->keys) || !validCache(offload->values) || !validLanding(offload->landing)
-        || !validStaging(*offload))
+    if (offload == nullptr || !aligned({offload->key_pool, offload->value_pool, offload->counters}) || !validCache(offload->keys)
+        || !validCache(offload->values) || !validLanding(offload->landing) || !validStaging(*offload))
     {
         return HIP_TRT_INVALID_ARGUMENT;
     }

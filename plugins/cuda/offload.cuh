@@ -10,6 +10,9 @@ namespace hip_trt
 // What is attached to a call's pools. False: nothing.
 bool findOffload(const Call& call, HipTrtOffload& offload);
 
+// Whether what is attached knows every block of the call's pools.
+bool cachesCover(const Call& call, const HipTrtOffload& offload);
+
 // Wait for what earlier calls left in the lane.
 cudaError_t settle(const HipTrtOffload& offload, cudaStream_t stream);
 

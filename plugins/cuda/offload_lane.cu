@@ -114,6 +114,10 @@ cudaError_t HipTrtOffloadLane::join(cudaStream_t stream)
 
 HipTrtStatus hipTrtOffloadLaneCreate(HipTrtOffloadLane** lane)
 {
+    if (lane == nullptr)
+    {
+        return HIP_TRT_INVALID_ARGUMENT;
+    }
     return HipTrtOffloadLane::create(*lane) == cudaSuccess ? HIP_TRT_SUCCESS : HIP_TRT_CUDA_ERROR;
 }
 

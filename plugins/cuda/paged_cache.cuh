@@ -11,16 +11,24 @@ namespace hip_trt
 constexpr unsigned kFullWarp = 0xffffffff;
 constexpr int kWarpSize = 32;
 
+// A page of the pool, from an entry of the page table: of one outside the pool, page 0, which is at least there to read.
+__device__ __forceinline__ uint32_t pageInPool(int32_t page, int num_pages)
+{
+    return static_cast<uint32_t>(page) < static_cast<uint32_t>(num_pages) ? static_cast<uint32_t>(page) : 0;
+}
+
 // The rows of one key/value head of one sequence.
 struct PagedRows
 {
     const int32_t* pages;
+    int num_pages;
     int page_size;
     int heads;
     int head;
 
     __device__ PagedRows(const Call& call, int b, int kv_head)
         : pages(call.page_table + static_cast<int64_t>(b) * call.shape.pages_per_sequence)
+        , num_pages(call.shape.num_pages)
         , page_size(call.config.page_size)
         , heads(call.shape.num_kv_heads)
         , head(kv_head)
@@ -31,7 +39,14 @@ struct PagedRows
     __device__ int64_t row(int token) const
     {
         const int slot = token / page_size;
-        return (static_cast<int64_t>(pages[slot]) * heads + head) * page_size + (token - slot * page_size);
+        return (static_cast<int64_t>(pageInPool(pages[slot], num_pages)) * heads + head) * page_size
+            + (token - slot * page_size);
+    }
+
+    // Whether a token's page is in the pool: if not, nothing is written for it.
+    __device__ bool holds(int token) const
+    {
+        return static_cast<uint32_t>(pages[token / page_size]) < static_cast<uint32_t>(num_pages);
     }
 };
 

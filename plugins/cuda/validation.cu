@@ -4,6 +4,7 @@
 #include "kernels.cuh"
 #include "plan.cuh"
 
+#include <algorithm>
 #include <cmath>
 
 namespace hip_trt
@@ -78,6 +79,9 @@ void checkShape(Complaint& complaint, const HipTrtConfig& config, const HipTrtSh
     complaint.range("new_tokens", shape.new_tokens, least, kMaxTokens);
     complaint.range("num_pages", shape.num_pages, least, INT32_MAX);
     complaint.range("pages_per_sequence", shape.pages_per_sequence, least, kMaxTokens / config.page_size);
+    const double query_blocks = static_cast<double>(shape.new_tokens) / std::max(config.block_q, 1) + 1;
+    const double chosen = std::max(config.mask_k, config.decode_mask_k) + config.block_k; // a bound, in any unit
+    complaint.addressable(shape, config.page_size, 4 * query_blocks * shape.num_query_heads * shape.batch * chosen);
 }
 
 } // namespace

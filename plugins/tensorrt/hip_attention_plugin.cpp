@@ -277,6 +277,11 @@ template <typename Version>
 int32_t HipAttentionPlugin<Version>::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const* /*outputDesc*/,
     void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream) noexcept
 {
+    if (inputDesc == nullptr || inputs == nullptr || outputs == nullptr)
+    {
+        logError(mLayer, "enqueue: a pointer is missing");
+        return kFAILURE;
+    }
     std::string message;
     std::optional<CallShape> const shape = shapeOf<Version>(mConfig, inputDesc, message);
     if (!shape)

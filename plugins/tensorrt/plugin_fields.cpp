@@ -16,6 +16,7 @@ using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 
 constexpr char const* kMASK_HEADS_FIELD = "mask_heads";
+constexpr int32_t kLONGEST_TEXT = 256;
 constexpr std::string_view kMASK_HEADS[] = {"kv", "query"}; // indexed by mask_per_query_head
 
 char const* typeName(PluginFieldType type)
@@ -84,7 +85,8 @@ public:
             fail(concat(name, ": is missing; every attribute of the operator must be given"));
             return nullptr;
         }
-        bool const lengthFits = type == PluginFieldType::kCHAR ? found->length >= 0 : found->length == 1;
+        bool const lengthFits
+            = type == PluginFieldType::kCHAR ? found->length >= 0 && found->length <= kLONGEST_TEXT : found->length == 1;
         if (found->type != type || !lengthFits || found->data == nullptr)
         {
             fail(concat(name, ": ", found->length, " value(s) ", typeName(found->type), " are not allowed; it must be ",

@@ -32,7 +32,7 @@ char const* axisName(Signature const& signature, Axis axis)
 std::string text(Dims const& dims)
 {
     std::string line = "[";
-    for (int32_t i = 0; i < dims.nbDims; ++i)
+    for (int32_t i = 0; i < std::min(dims.nbDims, Dims::MAX_DIMS); ++i)
     {
         line += concat(i == 0 ? "" : ", ", dims.d[i]);
     }

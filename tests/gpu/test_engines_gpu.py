@@ -86,8 +86,7 @@ def make(
     model.to(getattr(torch, dtype)).save_pretrained(folder / "checkpoint")
     paths = [
         export_onnx(
-            folder / "checkpoint", folder / name / "model.onnx", config=hip, dtype=kind, copy_weights=True,
-            max_context=max_context,
+            folder / "checkpoint", folder / name / "model.onnx", config=hip, dtype=kind, max_context=max_context,
         ).path
         for name, kind in (("engine", dtype), ("reference", "float32"))
     ]
