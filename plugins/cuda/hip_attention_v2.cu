@@ -198,7 +198,8 @@ HipTrtStatus hipTrtV2Attention(const HipTrtV2Params* params, cudaStream_t stream
     {
         return status;
     }
-    if (!hip_trt::hasState(*params)
+    if (reinterpret_cast<uintptr_t>(params->chosen_blocks) % 16 != 0 // which may be null
+        || !hip_trt::hasState(*params)
         || !hip_trt::complete({params->query, params->past_blocks, params->refresh_mask, params->output,
             params->present_blocks, params->workspace}))
     {
